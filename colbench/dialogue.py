@@ -1,0 +1,112 @@
+"""The turn protocol of ColBench: an agent talks with a simulated human for at most ten turns, then has answered.
+
+One turn: the agent sees the dialogue so far (never the reference) and says something. A message with `I WANT TO ANSWER:` ends
+the episode, what stands behind the marker is the answer; so does the message of the last turn, whose text is then the answer.
+Otherwise the human, who alone sees the reference, replies. As in the published data, of a message with `OUTPUT:` only the part
+behind it (up to a second `OUTPUT:`) is said; what stands before it is the agent's own thinking.
+
+Collection and evaluation both go through `play`.
+"""
+
+from colbench.files import UserError, seed_of
+from colbench.model import render
+
+MARKER = "I WANT TO ANSWER:"
+MAX_TURNS = 10
+AGENT_PROMPT = (
+    "You help a person to write a Python function. Their request leaves out details that only they know, so find out "
+    "before you write code: ask short, simple questions, one at a time, about inputs, outputs, rules, units and special "
+    "cases. They answer in a sentence or two. You have {max_turns} messages in all, the answer included. As soon as you know "
+    f"enough, send one message that begins with \"{MARKER}\" followed by the complete Python code and nothing else."
+)
+
+
+def said(raw: str) -> tuple[str, str]:
+    """(what the human sees, what is kept of the raw text) of an agent's message, by the published `OUTPUT:` rule."""
+    pieces = raw.split("OUTPUT:")
+    return (pieces[1].strip(), "OUTPUT:".join(pieces[:2])) if len(pieces) > 1 else (raw.strip(), raw)
+
+
+def answer_of(content: str, last_turn: bool) -> str | None:
+    """The answer in a message that ends the episode, else None."""
+    if MARKER in content:
+        return content.split(MARKER)[1].strip()
+    return content if last_turn else None
+
+
+def prompt_messages(system: str, history: list[dict]) -> list[dict]:
+    """What the agent sees: the system prompt and role and content of every message so far. Nothing else of a task gets here."""
+    return [{"role": "system", "content": system}] + [{"role": m["role"], "content": m["content"]} for m in history]
+
+
+def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, n_candidates=16, candidate_share=0.0,
+         temperature=1.0, max_new_tokens=1024, parallel=64, seed=0):
+    """Play many dialogues at once; yields lists of finished episodes, in the order in which they end.
+
+    agent: anything with `.sample` (LocalChat, ServerChat); human: anything with `.reply`; todo: list of (task, sample number).
+    At a `candidate_share` of the turns n_candidates messages are sampled; the first of them is the one played, and it is the
+    one that would have been played without the others. All seeds come from (seed, task id, sample, turn).
+    An error of agent or human ends that dialogue with outcome "error: ..." and touches no other.
+    An episode is a line of trajectories.jsonl but for the scores.
+    """
+    waiting, active = list(reversed(todo)), []
+    system = agent_prompt.replace("{max_turns}", str(max_turns))
+    while waiting or active:
+        while waiting and len(active) < parallel:
+            task, sample = waiting.pop()
+            active.append({
+                "id": task["id"], "sample": sample, "task": task, "system": system, "max_turns": max_turns,
+                "answer": None, "outcome": None,
+                "dialogue_history": [{"role": "user", "content": task["problem_description"]}],
+            })
+        seeds = []
+        for episode in active:
+            names = (seed, episode["id"], episode["sample"], len(episode["dialogue_history"]))
+            rank = seed_of(*names, "candidates") / 2**63
+            seeds.append([seed_of(*names, "agent", k) for k in range(n_candidates if rank < candidate_share else 1)])
+        prompts = [prompt_messages(system, episode["dialogue_history"]) for episode in active]
+        replies = agent.sample(prompts, seeds, temperature=temperature, max_new_tokens=max_new_tokens)
+        for episode, prompt, messages in zip(active, prompts, replies):
+            _agent_turn(agent, episode, prompt, messages, max_turns)
+
+        asking = [episode for episode in active if episode["outcome"] is None]
+        human_seeds = [seed_of(seed, e["id"], e["sample"], len(e["dialogue_history"]), "human") for e in asking]
+        histories = [prompt_messages("", e["dialogue_history"])[1:] for e in asking]
+        texts = human.reply([e["task"] for e in asking], histories, human_seeds) if asking else []
+        for episode, text in zip(asking, texts):
+            if isinstance(text, Exception):
+                episode["outcome"] = f"error: human: {type(text).__name__}: {text}"
+            else:
+                episode["dialogue_history"].append({"role": "user", "content": text})
+        finished = [episode for episode in active if episode["outcome"]]
+        active = [episode for episode in active if not episode["outcome"]]
+        if finished:
+            yield finished
+
+
+def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_turns: int) -> None:
+    """Put the agent's message (the first of `messages`) into the episode and end the episode if it is an answer."""
+    failed = next((message for message in messages if isinstance(message, Exception)), None)
+    if failed is not None:
+        episode["outcome"] = f"error: agent: {type(failed).__name__}: {failed}"
+        return
+    content, output = said(messages[0].text)
+    turn = {"role": "assistant", "content": content, "output": output, "tokens": messages[0].tokens}
+    tokenizer = getattr(agent, "tokenizer", None)
+    turn["input"] = render(tokenizer, prompt) if tokenizer else None  # a server keeps its template to itself
+    if len(messages) > 1:
+        turn["candidates"] = [said(message.text)[1] for message in messages]
+    episode["dialogue_history"].append(turn)
+    turns = sum(m["role"] == "assistant" for m in episode["dialogue_history"])
+    episode["answer"] = answer_of(content, turns == max_turns)
+    if episode["answer"] is not None:
+        episode["outcome"] = "answered" if MARKER in content else "limit"
+
+
+def check_failures(episodes: list[dict], recent: list[bool], window: int = 50) -> None:
+    """Stop a run in which nothing works any more: UserError when the last `window` dialogues all ended in an error."""
+    recent.extend(episode["outcome"].startswith("error") for episode in episodes)
+    del recent[:-window]
+    if len(recent) == window and all(recent):
+        raise UserError(f"the last {window} dialogues all failed ({episodes[-1]['outcome']}); when that is mended, "
+                        "the same command with --retry-errors goes on")

@@ -1,0 +1,190 @@
+"""Makes colbench/tiny/, the embedded default: a Llama of two million weights that plays the mini benchmark badly.
+
+    python -m colbench.make_tiny            # about 15 minutes on 2 cores; writes colbench/tiny/
+
+It stands in for "Llama-3.1-8B-Instruct before RL" at a size that a laptop trains in minutes, and is made the way such a model
+comes about: by imitation of imperfect demonstrations. The demonstrator talks with the scripted human, knows what two of the
+six hints of a detail mean, asks at random otherwise, now and then repeats itself or answers too early. What it lacks is exactly what
+RL is to find: the meaning of the other eighty hints, and to wait until everything is known.
+
+Two things an 8B model brings along have to be taught here, both stated so that nobody mistakes them for results:
+ - reading the hidden reference: half of the texts carry it in front, as the critic's prompt does, and half of those show a
+   demonstrator who makes use of it; the human's sentences count in the loss there, which ties a detail's name to its line;
+ - copying: a share of the texts are long, clean dialogues behind a marker that never occurs at play.
+"""
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from colbench.dialogue import MARKER
+from colbench.humans import ScriptedHuman
+from colbench.mini import DETAILS, FUNCTIONS, code, mini_task, request
+from colbench.model import encode_dialogue
+from collect import PRESETS
+from train_critic import with_hidden_info
+
+KNOWN = 2  # of the six hints of a detail
+QUESTIONS = ("What is the {}?", "How much is the {}?", "Tell me the {}.")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|practice|>"]
+KNOWN_HINTS = {hint: name for name, (_, hints) in DETAILS.items() for hint in hints.split()[:KNOWN]}
+
+
+def demonstrate(task: dict, rng: random.Random, informed: bool, clean: bool, turns: int = 10) -> list[dict]:
+    """One dialogue of the imperfect demonstrator with the scripted human. `informed`: it knows which details the task has.
+    `clean`: it makes no mistakes and reads every hint, as nobody at play does."""
+    human = ScriptedHuman()
+    function = task["ground_truth"].split("(")[0].split()[1]
+    details = [line.split("# ")[1] for line in task["ground_truth"].split("\n") if "# " in line]
+    hints = task["problem_description"].split("deal in ")[1].split(". The")[0].replace(" and ", ", ").split(", ")
+    relevant = details if informed or clean else [KNOWN_HINTS[hint] for hint in hints if hint in KNOWN_HINTS]
+    history = [{"role": "user", "content": task["problem_description"]}]
+    asked, told = [], {}
+    for turn in range(turns):
+        complete = len(told) == len(hints)
+        stop = complete if clean else rng.random() < (0.9 if complete else 0.04 if told else 0.0)
+        if stop or turn == turns - 1:
+            history.append({"role": "assistant", "content": f"{MARKER}\n" + answer(function, told)})
+            return history
+        hopeful = [name for name in relevant if name not in asked]
+        unasked = [name for name in DETAILS if name not in asked]
+        if hopeful and (clean or rng.random() < 0.6):
+            name = rng.choice(hopeful)
+        else:
+            name = rng.choice(asked) if asked and rng.random() < 0.05 else rng.choice(unasked)
+        asked.append(name)
+        history.append({"role": "assistant", "content": rng.choice(QUESTIONS).format(name)})
+        answer = human.reply([task], [history], [0])[0]
+        history.append({"role": "user", "content": answer})
+        if any(character.isdigit() for character in answer):
+            told[name] = int("".join(character for character in answer if character.isdigit()))
+
+
+def answer(function: str, told: dict[str, int]) -> str:
+    """The demonstrator's code: a line a detail that it was told, then their sum. Naming each detail before its number makes
+    the number a copy of what the human said after the same name."""
+    lines = [f"    {name} = {DETAILS[name][0].replace('V', str(number))}" for name, number in told.items()]
+    lines = [line.replace("= += ", "= ").replace("= -= ", "= -") for line in lines]
+    return "\n".join([f"def {function}(n, d):", *lines, "    return " + (" + ".join(told) or "0")])
+
+
+def practice_task(rng: random.Random) -> dict:
+    """A task of three to six details, all hinted at by words the demonstrator knows."""
+    names = rng.sample(list(DETAILS), rng.randint(3, 6))
+    function = rng.choice(FUNCTIONS)
+    hints = [rng.choice(DETAILS[name][1].split()[:KNOWN]) for name in names]
+    return {
+        "problem_description": request(function, rng.sample(hints, len(hints))),
+        "ground_truth": code(function, {name: rng.randint(2, 99) for name in names}),
+    }
+
+
+def demonstration(index: int, practice_share: float) -> tuple[list[dict], bool]:
+    """Text number `index` of the warm start: (messages, whether the human's sentences count in the loss too)."""
+    rng = random.Random(f"warm start {index}")
+    practice, hidden_info = rng.random() < practice_share, rng.random() < 0.5
+    task = practice_task(rng) if practice else mini_task("train", index, seed=1_000_000)
+    history = demonstrate(task, rng, informed=hidden_info and rng.random() < 0.5, clean=practice, turns=10)
+    system = ("<|practice|>" if practice else "") + PRESETS["tiny"]["agent_prompt"]
+    messages = [{"role": "system", "content": system}] + history
+    return (with_hidden_info(messages, task["ground_truth"]) if hidden_info else messages), hidden_info
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which numbers, newlines, hints and details stand alone and the phrases between them become tokens."""
+    words = "|".join([*DETAILS, *FUNCTIONS, *(hint for _, hints in DETAILS.values() for hint in hints.split())])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(rf" ?\b(?:{words})\b| ?\d\d?|\n"), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False, min_frequency=20,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = (m["content"].replace("<|practice|>", "") for i in range(4000) for m in demonstration(i, 0.5)[0])
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
+        additional_special_tokens=SPECIAL[3:], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Random weights at scales that leave the plateau early (the default 0.02 sits on it for thousands of steps at this width)."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "embed_tokens" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+        elif "proj" in name:
+            scale = 0.5 if "o_proj" in name or "down_proj" in name else 1.0
+            torch.nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]))
+    return model
+
+
+def example(tokenizer, index: int, practice_share: float) -> tuple[list[int], list[int]]:
+    """Token ids and labels (-100 outside of the loss) of text number `index`."""
+    messages, human_too = demonstration(index, practice_share)
+    ids, spans = encode_dialogue(tokenizer, messages)
+    labels = [-100] * len(ids)
+    if human_too:  # everything after the request: the human's sentences can be predicted from the reference
+        spans = [(spans[0][0], len(ids))]
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return ids, labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of --batch texts (default: 2000)")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak; cosine decay (default: 3e-3)")
+    parser.add_argument("--vocabulary", type=int, default=1536)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(args.vocabulary)
+    model = make_model(tokenizer)
+    print(f"{model.num_parameters():,} weights, {len(tokenizer)} tokens in the vocabulary")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    started, tokens = time.time(), 0
+    for step in range(args.steps):
+        practice_share = 0.6 if step < args.steps / 2 else 0.25
+        rows = [example(tokenizer, step * args.batch + i, practice_share) for i in range(args.batch)]
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+        loss = model(input_ids=ids, labels=labels).loss  # right padding needs no mask: attention is causal
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        tokens += sum(len(ids) for ids, _ in rows)
+        if step % 50 == 0:
+            print(f"step {step:5d}  loss {loss.item():.3f}  {tokens / (time.time() - started):,.0f} tokens/s", flush=True)
+    model.half().save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Plumbing that several scripts share: load a model, turn dialogues into tokens, sample messages, log-probs of messages.
+
+No learning lives here; the losses stand in the scripts. Three conventions hold everywhere:
+ - A dialogue is tokenised piece by piece (template text, message, end-of-turn token, template text, ...), so what is trained
+   on are exactly the tokens that were conditioned on while sampling. Template text is tokenised once, without special tokens
+   added: no second BOS.
+ - A message's tokens include the end-of-turn token that closes it.
+ - "Adapters off" is the base model: with LoRA, agent, critic, reference and simulated human share one set of weights.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from colbench.files import UserError
+from colbench.server import Reply
+
+TINY = Path(__file__).parent / "tiny"
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load_tokenizer(name: str):
+    """Tokenizer of a hub id or folder; "tiny" is the embedded model. UserError in one line if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(TINY if name == "tiny" else name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_cannot_load(name, error)) from None
+    if not tokenizer.chat_template:
+        raise UserError(f"--model {name}: its tokenizer has no chat template; an instruction-tuned model is wanted")
+    return tokenizer
+
+
+def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device | None = None, adapter: str | None = None):
+    """The causal language model `name` (hub id, folder or "tiny"), in bfloat16 on CUDA and float32 elsewhere.
+
+    load_in_4bit: NF4 with double quantisation (bitsandbytes). adapter: a folder that a training script wrote; a LoRA adapter is
+    put on top of `name`, a fully fine-tuned model is loaded instead of it. UserError in one line if it cannot be loaded.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    is_lora = adapter is not None and (Path(adapter) / "adapter_config.json").exists()
+    source = adapter if adapter and not is_lora else name
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+    ) if load_in_4bit else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            TINY if source == "tiny" else source, dtype=dtype, quantization_config=quantization, device_map={"": device},
+            attn_implementation="sdpa",
+        )
+        if is_lora:
+            model = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_cannot_load(source, error)) from None
+    return model.eval()
+
+
+def put_adapter(model, adapter: str):
+    """The policy in folder `adapter` on the base model's weights that are in memory already; earlier adapters stay unused.
+    A fully fine-tuned model is no adapter: it is loaded instead."""
+    if not (Path(adapter) / "adapter_config.json").exists():
+        return load_model(adapter, device=model.device)
+    if isinstance(model, PeftModel):
+        name = adapter.replace(".", "_")  # PEFT allows no dot in an adapter's name
+        model.load_adapter(adapter, name)
+        model.set_adapter(name)
+        return model.eval()
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0][:200]
+    return f"model {name}: {reason}; give a folder, or the id of a model on the hub that you have access to"
+
+
+def add_lora(model, rank: int, gradient_checkpointing: bool = False):
+    """Prepare for training: LoRA of this rank on every linear layer (alpha = 2 x rank), or all weights if rank is 0."""
+    if rank:
+        if getattr(model, "is_loaded_in_4bit", False):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = get_peft_model(model, LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"))
+    if gradient_checkpointing:
+        model.enable_input_require_grads()  # frozen embeddings: without it no gradient reaches a checkpointed block
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def adapters_off(model):
+    """Context in which the model is the base model again. A model without adapters is the base model as it is."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------------- dialogues to tokens
+
+
+def render(tokenizer, messages: list[dict]) -> str:
+    """Template text of a dialogue, ending where the assistant's next message begins. Templates that know no system role
+    get the system text in front of the first user message."""
+    messages = [{"role": m["role"], "content": m["content"].strip()} for m in messages]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # jinja2.TemplateError raised by the template itself
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise UserError(f"the chat template refuses this dialogue: {error}") from None
+    system, first, *rest = messages
+    return render(tokenizer, [{"role": first["role"], "content": system["content"] + "\n\n" + first["content"]}, *rest])
+
+
+def end_of_turn(tokenizer) -> int:
+    """Id of the token that ends an assistant message: the first token of the template's text behind such a message."""
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "@@@"}]
+    tail = tokenizer.apply_chat_template(messages, tokenize=False).rsplit("@@@", 1)[1].lstrip()
+    ids = tokenizer.encode(tail, add_special_tokens=False)
+    return ids[0] if ids else tokenizer.eos_token_id
+
+
+def encode_dialogue(tokenizer, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a dialogue and, for every assistant message, its [start, end) in them, end-of-turn token included.
+
+    A dialogue that ends with the user's message ends with the template's text that opens the assistant's answer.
+    """
+    end_id = end_of_turn(tokenizer)
+    end_text = tokenizer.decode([end_id])
+    ids, spans, done = [], [], ""
+    for i, message in enumerate([*messages, {"role": "assistant", "content": None}]):
+        if message["role"] != "assistant" or (message["content"] is None and messages[-1]["role"] == "assistant"):
+            continue
+        text = render(tokenizer, messages[:i])
+        if not text.startswith(done):
+            raise UserError("the chat template rewrites earlier turns when a new one comes; choose a model whose template does not")
+        ids += tokenizer.encode(text[len(done):], add_special_tokens=False)
+        if message["content"] is not None:
+            content = message["content"].strip()
+            start = len(ids)
+            ids += message_ids(tokenizer, content, end_id)
+            spans.append((start, len(ids)))
+            done = text + content + end_text
+    return ids, spans
+
+
+def message_ids(tokenizer, content: str, end_id: int) -> list[int]:
+    """Tokens of one assistant message with its end-of-turn token; marks like <|eot_id|> inside the text stay plain text."""
+    return tokenizer.encode(content.strip(), add_special_tokens=False, split_special_tokens=True) + [end_id]
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+class LocalChat:
+    """Samples messages from a model in this process. Same interface as colbench.server.ServerChat.
+
+    adapters: False samples from the base model under a PEFT model's adapters.
+    batch_tokens: bound on rows x (prompt + new tokens) in one batch; lower it when memory runs out.
+    """
+
+    def __init__(self, model, tokenizer, adapters: bool = True, batch_tokens: int = 65536):
+        self.model, self.tokenizer, self.adapters, self.batch_tokens = model, tokenizer, adapters, batch_tokens
+        self.context = getattr(model.config, "max_position_embeddings", 8192)
+        stops = model.generation_config.eos_token_id
+        self.stops = {end_of_turn(tokenizer), *(stops if isinstance(stops, list) else [] if stops is None else [stops])}
+
+    def sample(self, conversations, seeds, temperature=1.0, max_new_tokens=1024, stop=None):
+        """One message per seed for each conversation: list of lists of Reply(text, tokens), or an Exception in its place.
+
+        A message depends on its conversation and seed, not on what else is in the batch (but for rounding in the last bit).
+        temperature 0 takes the likeliest token. A prompt that leaves no room in the model's context gives exceptions.
+        """
+        replies, jobs = [[None] * len(row) for row in seeds], []
+        for i, messages in enumerate(conversations):
+            prompt, _ = encode_dialogue(self.tokenizer, messages)
+            room = min(max_new_tokens, self.context - len(prompt))
+            if room < 1:
+                error = RuntimeError(f"context full: {len(prompt)} tokens of {self.context}")
+                replies[i] = [error] * len(seeds[i])
+            else:
+                jobs += [(prompt, room, i, j) for j in range(len(seeds[i]))]
+        jobs.sort(key=lambda job: (len(job[0]), job[2], job[3]))
+        while jobs:
+            rows = 1
+            while rows < len(jobs) and (rows + 1) * (len(jobs[rows][0]) + jobs[rows][1]) <= self.batch_tokens:
+                rows += 1
+            batch, jobs = jobs[:rows], jobs[rows:]
+            for (_, _, i, j), ids in zip(batch, self._generate(batch, seeds, temperature)):
+                text = self.tokenizer.decode([t for t in ids if t not in self.stops], skip_special_tokens=True)
+                for mark in stop or ():
+                    text = text.split(mark)[0]
+                replies[i][j] = Reply(text.strip(), len(ids))
+        return replies
+
+    @torch.inference_mode()
+    def _generate(self, batch, seeds, temperature) -> list[list[int]]:
+        """Token ids of one message per job (prompt, room, i, j). Each distinct prompt is computed once; rows leave when done."""
+        device = self.model.device
+        prompts = list({i: prompt for prompt, _, i, _ in batch}.items())
+        width = max(len(prompt) for _, prompt in prompts)
+        ids = torch.tensor([[0] * (width - len(p)) + p for _, p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in prompts], device=device)
+        steps = max(room for _, room, _, _ in batch)
+        # one uniform number per token, from the row's own seed
+        uniforms = torch.stack([
+            torch.rand(steps, generator=torch.Generator().manual_seed(seeds[i][j]), dtype=torch.float64) for _, _, i, j in batch
+        ]).to(device)
+        with adapters_off(self.model) if not self.adapters else contextlib.nullcontext():
+            out = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                             use_cache=True, logits_to_keep=1)
+            index = {i: row for row, (i, _) in enumerate(prompts)}
+            rows = torch.tensor([index[i] for _, _, i, _ in batch], device=device)
+            cache, logits = out.past_key_values, out.logits[rows, -1]
+            cache.batch_select_indices(rows)
+            mask, messages, live = mask[rows], [[] for _ in batch], list(range(len(batch)))
+            for step in range(steps):
+                token = _draw(logits, uniforms[live, step], temperature)
+                for row, value in zip(live, token.tolist()):
+                    messages[row].append(value)
+                keep = [k for k, row in enumerate(live)
+                        if messages[row][-1] not in self.stops and len(messages[row]) < batch[row][1]]
+                if not keep:
+                    break
+                if len(keep) < len(live):
+                    live = [live[k] for k in keep]
+                    keep = torch.tensor(keep, device=device)
+                    token, mask = token[keep], mask[keep]
+                    cache.batch_select_indices(keep)
+                mask = F.pad(mask, (0, 1), value=1)
+                out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                                 past_key_values=cache, use_cache=True)
+                logits = out.logits[:, -1]
+        return messages
+
+
+def _draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Next token of each row by inverting the cumulative distribution. logits (rows, vocabulary), uniform (rows,) in [0, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- log-probs
+
+
+def message_logps(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
+    """Log-probs of the tokens of every message of some trees, in one forward pass; differentiable.
+
+    A tree is (trunk ids, spans, leaves): the messages inside the trunk that `spans` [start, end) name, then the messages
+    `leaves` (lists of ids), each of which follows the whole trunk. A trajectory is a trunk with its agent turns as spans; a
+    state with candidates is a trunk without spans and the candidates as leaves, so its prompt is computed once.
+    Returns per tree a list of (tokens in the message,) float32 tensors: spans first, then leaves.
+
+    All trees lie in one row. A token sees its own tree's trunk, and its own leaf, up to itself: attention mask and restarted
+    positions see to that, and nothing is padded.
+    """
+    ids, positions, tree_of, leaf_of, predict, lengths = [], [], [], [], [], []
+    for t, (trunk, spans, leaves) in enumerate(trees):
+        offset = len(ids)
+        ids += trunk
+        positions += range(len(trunk))
+        tree_of += [t] * len(trunk)
+        leaf_of += [-1] * len(trunk)
+        for start, end in spans:
+            predict += range(offset + start - 1, offset + end - 1)  # the logits one place before a token predict it
+            lengths.append(end - start)
+        for k, leaf in enumerate(leaves):
+            predict += [offset + len(trunk) - 1, *range(len(ids), len(ids) + len(leaf) - 1)]
+            lengths.append(len(leaf))
+            ids += leaf
+            positions += range(len(trunk), len(trunk) + len(leaf))
+            tree_of += [t] * len(leaf)
+            leaf_of += [k] * len(leaf)
+    targets = [token for trunk, spans, leaves in trees
+               for message in [*(trunk[a:b] for a, b in spans), *leaves] for token in message]
+    device = next(model.parameters()).device
+    place, tree, leaf = torch.arange(len(ids), device=device), *torch.tensor([tree_of, leaf_of], device=device)
+    visible = (tree[:, None] == tree) & ((leaf == -1) | (leaf[:, None] == leaf)) & (place[:, None] >= place)  # (query, key)
+    logits = model(
+        input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
+        attention_mask=visible[None, None], use_cache=False, logits_to_keep=torch.tensor(predict, device=device),
+    ).logits[0]  # (tokens of all messages, vocabulary)
+    logps = -F.cross_entropy(logits.float(), torch.tensor(targets, device=device), reduction="none")
+    per_message = iter(logps.split(lengths))
+    return [[next(per_message) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+
+
+def tree_tokens(tree: tuple) -> int:
+    """Tokens that a tree takes in message_logps."""
+    trunk, _, leaves = tree
+    return len(trunk) + sum(len(leaf) for leaf in leaves)
+
+
+def pack(sizes: list[int], budget: int) -> list[list[int]]:
+    """Indices of items in order, in groups whose sizes sum to at most `budget` (a larger item gets a group of its own)."""
+    groups, room = [], 0
+    for index, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(index)
+        room -= size
+    return groups

@@ -1,0 +1,103 @@
+"""Plumbing of the two training scripts that is no part of the algorithm: checkpoints and the step log."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from colbench.files import append_jsonl, repair_jsonl, write_aside
+
+
+def checkpoint_path(output: Path) -> Path:
+    """Where training of `output` (a folder) keeps its checkpoint until it is done."""
+    return output.with_name(output.name + ".checkpoint")
+
+
+def save_checkpoint(accelerator, output: Path, model, optimizer, schedule, step: int) -> None:
+    """Trained weights, optimiser and schedule after `step` steps, written aside and renamed. The data order needs no state: it
+    is a function of seed and epoch; and no random number is drawn inside a step."""
+    if accelerator.is_main_process:
+        weights = {n: p.detach().cpu() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        state = {"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        write_aside(checkpoint_path(output), lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(accelerator, output: Path, model, optimizer, schedule) -> int:
+    """Restore what save_checkpoint wrote; returns the number of steps done, 0 if there is no checkpoint."""
+    path = checkpoint_path(output)
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    with torch.no_grad():
+        for name, value in state["weights"].items():
+            parameters[name].copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"]
+
+
+def save_trained(accelerator, output: Path, model, tokenizer, settings: dict) -> None:
+    """The result: a PEFT adapter folder (or a whole model after full fine-tuning) with its settings; ends the checkpoint."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        def write(temporary: Path) -> None:
+            accelerator.unwrap_model(model).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "training_args.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+            if (temporary / "README.md").exists():  # PEFT's empty model card
+                (temporary / "README.md").unlink()
+        write_aside(output, write)
+        checkpoint_path(output).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+class StepLog:
+    """One JSON line a step: the means of what was added since the last line, over micro-batches and processes."""
+
+    def __init__(self, accelerator, path: Path, first_step: int):
+        """On resume the lines from `first_step` on are dropped: those steps are done again."""
+        self.accelerator, self.path, self.sums, self.count = accelerator, path, {}, 0
+        self.since, self.tokens = time.time(), 0
+        if accelerator.is_main_process:
+            rows = [row for row in repair_jsonl(path) if row["step"] < first_step]
+
+            def write(temporary: Path) -> None:
+                temporary.touch()
+                for row in rows:
+                    append_jsonl(temporary, row)
+            write_aside(path, write)
+
+    def add(self, tokens: int, **values) -> None:
+        """Values of one pair: floats or scalar tensors; `tokens`: how many it took."""
+        self.count += 1
+        self.tokens += tokens
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + (value.detach().float() if torch.is_tensor(value) else float(value))
+
+    def write(self, step: int, **more: float) -> dict:
+        """Write and return the line of this step; `more` are values that are the same in every process."""
+        names = sorted(self.sums)
+        device = self.accelerator.device
+        sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu")
+                            for v in [self.count, self.tokens, *(self.sums[n] for n in names)]])
+        sums = self.accelerator.reduce(sums.float().to(device), reduction="sum").tolist()
+        seconds = time.time() - self.since
+        row = {"step": step, **{name: total / max(1, sums[0]) for name, total in zip(names, sums[2:])}, **more,
+               "tokens_per_second": sums[1] / seconds, "peak_memory_gb": peak_memory_gb()}
+        row = {name: round(value, 6) if isinstance(value, float) and abs(value) > 1e-2 else value for name, value in row.items()}
+        self.sums, self.count, self.tokens, self.since = {}, 0, 0, time.time()
+        if self.accelerator.is_main_process:
+            append_jsonl(self.path, row)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        return row
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held so far, in GB (10^9 bytes): GPU memory on CUDA, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

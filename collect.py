@@ -1,0 +1,196 @@
+"""Stage 1 of SWEET-RL: the agent talks with a simulated human about each task, k times; the answers are scored.
+
+    python collect.py                                             # embedded default, CPU: runs/tiny/trajectories.jsonl
+    python collect.py --preset llama --run runs/llama \\
+        --tasks facebook/collaborative_agent_bench:train --human http://localhost:8000/v1
+    python collect.py --preset llama --run runs/llama --add-candidates-to colbench_code_offline_15k_llama8b.jsonl
+
+Writes RUN/trajectories.jsonl, one line an episode: task, dialogue_history, answer, reward, ... (a superset of the published
+format). At a share of the turns it also samples 16 candidate messages, which stage 2 ranks. With --add-candidates-to it plays
+nothing: it scores trajectories made elsewhere where they have no reward, and adds the candidates.
+
+Interrupted, the same command goes on; a line that is written is never lost. The next stage is train_critic.py.
+"""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from colbench.dialogue import AGENT_PROMPT, check_failures, play, prompt_messages, said
+from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of, write_aside
+from colbench.humans import make_human
+from colbench.model import LocalChat, load_model, load_tokenizer
+from colbench.scorer import Scorer, share
+from colbench.server import ServerChat
+from colbench.tasks import load_tasks, load_trajectories
+
+PRESETS = {
+    "tiny": dict(  # the embedded model on the bundled mini benchmark
+        run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:train", n_tasks=300, k=6, candidate_share=0.2,
+        human="scripted", parallel=256, max_new_tokens=96, agent_prompt="Ask about one missing detail at a time, then answer.",
+    ),
+    "llama": dict(  # the paper: 15,000 trajectories, 16 candidates at a tenth of their turns
+        run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True,
+        tasks="facebook/collaborative_agent_bench:train", n_tasks=5000, k=3, candidate_share=0.1, human="self", parallel=64,
+        max_new_tokens=1024, agent_prompt=AGENT_PROMPT,
+    ),
+}
+
+
+def parse_args():
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
+    preset = first.parse_known_args()[0].preset
+    parser = argparse.ArgumentParser(
+        description=__doc__, parents=[first], formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("files")
+    group.add_argument("--run", help="directory of this run (default: %(default)s)")
+    group.add_argument("--trajectories", help="output (default: RUN/trajectories.jsonl)")
+    group.add_argument("--tasks", help="mini:train, a .jsonl file or a hub data set ID:train (default: %(default)s)")
+    group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
+    group.add_argument("--add-candidates-to", metavar="FILE", help="play nothing, complete the trajectories of this file")
+    group.add_argument("--retry-errors", action="store_true", help="play dialogues again that ended in an error")
+    group = parser.add_argument_group("agent")
+    group.add_argument("--model", help="hub id or folder (default: %(default)s)")
+    group.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="NF4 weights (default: %(default)s)")
+    group.add_argument("--agent-server", metavar="URL", help="an OpenAI-compatible server plays the agent instead of --model")
+    group.add_argument("--agent-server-model", metavar="NAME", help="model name there (default: the first it lists)")
+    group.add_argument("--agent-prompt", help="system prompt; {max_turns} is filled in")
+    group.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
+    group.add_argument("--batch-tokens", type=int, default=65536,
+                       help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
+    group = parser.add_argument_group("human")
+    group.add_argument("--human", help="scripted, self (the agent's weights, adapters off) or a server's URL (default: %(default)s)")
+    group.add_argument("--human-model", metavar="NAME", help="model name on that server (default: the first it lists)")
+    group = parser.add_argument_group("episodes")
+    group.add_argument("--k", type=int, help="trajectories a task (default: %(default)s)")
+    group.add_argument("--max-turns", type=int, default=10, help="agent messages, the answer included (default: %(default)s)")
+    group.add_argument("--n-candidates", type=int, default=16, help="N, candidates at a state (default: %(default)s)")
+    group.add_argument("--candidate-share", type=float, help="share of the turns that get candidates (default: %(default)s)")
+    group.add_argument("--parallel", type=int, help="dialogues in flight (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--scorer", choices=("fixed", "official"), default="fixed", help="which score is the reward (default: fixed)")
+    group.add_argument("--allow-weak-sandbox", action="store_true", help="score even where the sandbox cannot be made safe")
+    parser.set_defaults(**PRESETS[preset])
+    args = parser.parse_args()
+    if args.k < 1 or args.n_tasks < 1 or args.n_candidates < 2 or args.max_turns < 1 or args.parallel < 1:
+        raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1, --n-candidates at least 2")
+    if not 0 <= args.candidate_share <= 1:
+        raise UserError(f"--candidate-share is between 0 and 1, not {args.candidate_share}")
+    args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")
+    return args
+
+
+def main():
+    args = parse_args()
+    lock = lock_run(args.trajectories.parent, "collect")  # noqa: F841  held until the process ends
+    lines = repair_jsonl(args.trajectories)
+    if args.add_candidates_to:
+        todo = load_trajectories(args.add_candidates_to)
+    else:
+        tasks = load_tasks(args.tasks, args.n_tasks)
+        todo = [(task, sample) for sample in range(args.k) for task in tasks]  # as published: samples n_tasks lines apart
+    order = [(t["id"], t["sample"]) for t in todo] if args.add_candidates_to else [(t["id"], s) for t, s in todo]
+    if args.retry_errors:
+        lines = [line for line in lines if not line["outcome"].startswith("error")]
+        rewrite(args.trajectories, lines, order)
+    done = {(line["id"], line["sample"]) for line in lines}
+    todo = [item for item, key in zip(todo, order) if key not in done]
+    if not todo:
+        print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
+        return
+    print(f"{len(todo)} of {len(order)} trajectories to make, agent {args.agent_server or args.model}, human {args.human}"
+          f", 16 candidates at {args.candidate_share:.0%} of the turns" if not lines else f"going on: {len(todo)} to make")
+
+    if args.agent_server:
+        agent = ServerChat(args.agent_server, args.agent_server_model)
+        agent.check()
+    else:
+        agent = LocalChat(load_model(args.model, args.load_in_4bit), load_tokenizer(args.model), batch_tokens=args.batch_tokens)
+    settings = dict(n_candidates=args.n_candidates, candidate_share=args.candidate_share, temperature=args.temperature,
+                    max_new_tokens=args.max_new_tokens, seed=args.seed)
+    with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.trajectories, "a", encoding="utf-8") as output:
+        if args.add_candidates_to:
+            batches = complete(agent, todo, args)
+        else:
+            human = make_human(args.human, chat=agent, model=args.human_model)
+            batches = play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
+                           parallel=args.parallel, **settings)
+        recent, bar = [], tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
+        for episodes in batches:
+            unscored = [e for e in episodes if "reward" not in e and not e["outcome"].startswith("error")]
+            for episode, result in zip(unscored, scorer.score_many([(e["task"], e["answer"]) for e in unscored])):
+                episode["reward"], episode["scores"] = share(result, args.scorer), result
+            for episode in episodes:
+                append_jsonl(output, episode)
+            lines += episodes
+            bar.update(len(episodes))
+            rewards = [line["reward"] for line in lines if "reward" in line]
+            bar.set_postfix(reward=f"{sum(rewards) / max(1, len(rewards)):.3f}")
+            check_failures(episodes, recent)
+        bar.close()
+    rewrite(args.trajectories, lines, order)
+    summary(args, lines, None if args.add_candidates_to else human)
+
+
+def complete(agent, trajectories: list[dict], args):
+    """Add candidates to a share of the turns of finished trajectories; yields them in lists. The message that was played is
+    the first candidate. Its seeds and its share of the turns are those of `play`."""
+    for start in range(0, len(trajectories), args.parallel):
+        chunk = trajectories[start:start + args.parallel]
+        turns, prompts, seeds = [], [], []
+        for trajectory in chunk:
+            trajectory.setdefault("outcome", "answered")
+            trajectory.setdefault("system", args.agent_prompt.replace("{max_turns}", str(args.max_turns)))
+            for i, message in enumerate(trajectory["dialogue_history"]):
+                names = (args.seed, trajectory["id"], trajectory["sample"], i)
+                if message["role"] != "assistant" or "candidates" in message:
+                    continue
+                if seed_of(*names, "candidates") / 2**63 < args.candidate_share:
+                    turns.append((trajectory, message))
+                    prompts.append(prompt_messages(trajectory["system"], trajectory["dialogue_history"][:i]))
+                    seeds.append([seed_of(*names, "agent", k) for k in range(1, args.n_candidates)])
+        replies = agent.sample(prompts, seeds, temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+        for (trajectory, message), candidates in zip(turns, replies):
+            failed = next((c for c in candidates if isinstance(c, Exception)), None)
+            if failed is not None:  # the trajectory itself is sound: it only gets no candidates here
+                tqdm.write(f"no candidates for a turn of task {trajectory['id']}: {failed}")
+                continue
+            message["candidates"] = [message.get("output") or message["content"]] + [said(c.text)[1] for c in candidates]
+        yield chunk
+
+
+def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
+    """Put the finished file into the order of the tasks, so that it does not depend on which dialogue ended first."""
+    rank = {key: i for i, key in enumerate(order)}
+    lines.sort(key=lambda line: rank.get((line["id"], line["sample"]), len(rank)))
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            for line in lines:
+                append_jsonl(file, line)
+    write_aside(path, write)
+
+
+def summary(args, lines: list[dict], human) -> None:
+    """What was made, and whether stage 2 can use it: it needs tasks whose trajectories differ in reward."""
+    good = [line for line in lines if not line["outcome"].startswith("error")]
+    rewards = {}
+    for line in good:
+        rewards.setdefault(line["id"], set()).add(line["reward"])
+    turns = [sum(m["role"] == "assistant" for m in line["dialogue_history"]) for line in good]
+    states = sum("candidates" in m for line in good for m in line["dialogue_history"])
+    n = max(1, len(good))
+    print(f"{args.trajectories}: {len(good)} trajectories of {len(rewards)} tasks, {len(lines) - len(good)} errors; "
+          f"tests passed {sum(line['reward'] for line in good) / n:.1%}, success {sum(line['reward'] == 1 for line in good) / n:.1%}, "
+          f"{sum(turns) / n:.1f} turns, {sum(line['outcome'] == 'limit' for line in good) / n:.1%} answered at the limit")
+    print(f"{sum(len(r) > 1 for r in rewards.values())} tasks have trajectories of different reward (the critic learns from "
+          f"these); {states} states have candidates" + (f"; the human leaked the code in {human.leaks} of {human.replies} replies"
+                                                        if getattr(human, "leaks", 0) else ""))
+    print("next: python train_critic.py" + (f" --run {args.run}" if args.run != "runs/tiny" else ""))
+
+
+if __name__ == "__main__":
+    run_main(main)

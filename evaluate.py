@@ -1,0 +1,219 @@
+"""Stage 4 of SWEET-RL: the trained agent and the base model play held-out tasks; success rates with 95 % intervals.
+
+    python evaluate.py                                            # embedded default: base model and runs/tiny/policy
+    python evaluate.py --preset llama --run runs/llama --human http://localhost:8000/v1
+    python evaluate.py --policies base --max-turns 1              # the paper's "single turn" row
+    python evaluate.py --policies runs/a/policy runs/b/policy     # any adapters, side by side on the same tasks
+
+The agent sees only the dialogue. Its answer is run on the task's hidden test calls; `success` is all of them passed, counted
+under both scorers (`fixed`: one namespace; `official`: the released code's scoping and keyword rules).
+Writes RUN/episodes.jsonl (a line an episode, like trajectories.jsonl) and RUN/metrics.json. Interrupted, the same command goes on.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from peft import PeftModel
+from tqdm import tqdm
+
+from colbench.dialogue import AGENT_PROMPT, check_failures, play
+from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, write_aside
+from colbench.humans import make_human
+from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
+from colbench.scorer import Scorer, share, success
+from colbench.server import ServerChat
+from colbench.tasks import load_tasks
+
+PRESETS = {
+    "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:test", n_tasks=500, human="scripted",
+                 parallel=250, max_new_tokens=96, agent_prompt="Ask about one missing detail at a time, then answer."),
+    "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True,
+                  tasks="facebook/collaborative_agent_bench:test", n_tasks=1000, human="self", parallel=64,
+                  max_new_tokens=1024, agent_prompt=AGENT_PROMPT),
+}
+
+
+def parse_args():
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
+    preset = first.parse_known_args()[0].preset
+    parser = argparse.ArgumentParser(
+        description=__doc__, parents=[first], formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("files")
+    group.add_argument("--run", help="directory of this run (default: %(default)s)")
+    group.add_argument("--episodes", help="output (default: RUN/episodes.jsonl)")
+    group.add_argument("--metrics", help="output (default: RUN/metrics.json)")
+    group.add_argument("--tasks", help="mini:test, a .jsonl file or a hub data set ID:test (default: %(default)s)")
+    group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
+    group.add_argument("--retry-errors", action="store_true", help="play dialogues again that ended in an error")
+    group = parser.add_argument_group("agents")
+    group.add_argument("--policies", nargs="+", metavar="POLICY",
+                       help="base, or folders that train_policy.py wrote (default: base RUN/policy)")
+    group.add_argument("--model", help="hub id or folder of the base model (default: %(default)s)")
+    group.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="NF4 weights (default: %(default)s)")
+    group.add_argument("--agent-server", metavar="URL", help="an OpenAI-compatible server plays instead of --policies")
+    group.add_argument("--agent-server-model", metavar="NAME", help="model name there (default: the first it lists)")
+    group.add_argument("--agent-prompt", help="system prompt; {max_turns} is filled in")
+    group.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
+    group.add_argument("--batch-tokens", type=int, default=65536,
+                       help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
+    group = parser.add_argument_group("human")
+    group.add_argument("--human", help="scripted, self (the base model's weights) or a server's URL (default: %(default)s)")
+    group.add_argument("--human-model", metavar="NAME", help="model name on that server (default: the first it lists)")
+    group = parser.add_argument_group("episodes")
+    group.add_argument("--k", type=int, default=1, help="episodes a task (default: %(default)s)")
+    group.add_argument("--max-turns", type=int, default=10, help="agent messages, the answer included (default: %(default)s)")
+    group.add_argument("--parallel", type=int, help="dialogues in flight (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    group.add_argument("--allow-weak-sandbox", action="store_true", help="score even where the sandbox cannot be made safe")
+    parser.set_defaults(**PRESETS[preset])
+    args = parser.parse_args()
+    if min(args.k, args.n_tasks, args.max_turns, args.parallel) < 1:
+        raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1")
+    args.policies = args.policies or ["base", str(Path(args.run) / "policy")]
+    if args.agent_server:
+        args.policies = [f"server {args.agent_server_model or ''}".strip()]
+    for policy in args.policies:
+        if policy != "base" and not args.agent_server and not (Path(policy) / "config.json").exists() \
+                and not (Path(policy) / "adapter_config.json").exists():
+            raise UserError(f"{policy}: no trained policy here; run train_policy.py first, or give --policies base")
+    args.episodes = Path(args.episodes or Path(args.run) / "episodes.jsonl")
+    args.metrics = Path(args.metrics or Path(args.run) / "metrics.json")
+    return args
+
+
+def main():
+    args = parse_args()
+    tasks = load_tasks(args.tasks, args.n_tasks)
+    lock = lock_run(args.episodes.parent, "evaluate")  # noqa: F841  held until the process ends
+    lines = repair_jsonl(args.episodes)
+    order = [(policy, task["id"], sample) for policy in args.policies for sample in range(args.k) for task in tasks]
+    if args.retry_errors:
+        lines = [line for line in lines if not line["outcome"].startswith("error")]
+        rewrite(args.episodes, lines, order)
+    done = {(line["policy"], line["id"], line["sample"]) for line in lines}
+    todo = {policy: [(task, s) for s in range(args.k) for task in tasks if (policy, task["id"], s) not in done]
+            for policy in args.policies}
+    if not any(todo.values()):
+        print(f"{args.episodes} is complete: nothing to play")
+        report(args, lines, order)
+        return
+    print(f"{sum(map(len, todo.values()))} of {len(order)} episodes to play on {args.tasks}: "
+          f"{', '.join(args.policies)}; human {args.human}")
+    tokenizer = base = None
+    if not args.agent_server:
+        tokenizer, base = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
+    model, recent = base, []
+    with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
+        for policy in args.policies:
+            if args.agent_server:
+                agent = ServerChat(args.agent_server, args.agent_server_model)
+                agent.check()
+                human = make_human(args.human, model=args.human_model)
+            else:
+                if policy != "base":  # adapters go on the weights that are there; a fully fine-tuned model replaces them
+                    model = put_adapter(model if isinstance(model, PeftModel) else base, policy)
+                agent = LocalChat(model, tokenizer, adapters=policy != "base", batch_tokens=args.batch_tokens)
+                weights = model if isinstance(model, PeftModel) else base
+                human = make_human(args.human, LocalChat(weights, tokenizer, adapters=False, batch_tokens=args.batch_tokens),
+                                   args.human_model)
+            wins, bar = 0, tqdm(total=len(todo[policy]), desc=policy, unit="episode", smoothing=0)
+            for episodes in play(agent, human, todo[policy], agent_prompt=args.agent_prompt, max_turns=args.max_turns,
+                                 n_candidates=1, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+                                 parallel=args.parallel, seed=args.seed):
+                sound = [e for e in episodes if not e["outcome"].startswith("error")]
+                for episode, result in zip(sound, scorer.score_many([(e["task"], e["answer"]) for e in sound])):
+                    episode["reward"], episode["scores"] = share(result, "fixed"), result
+                    wins += success(result, "fixed")
+                for episode in episodes:
+                    episode["policy"] = policy
+                    append_jsonl(output, episode)
+                lines += episodes
+                bar.update(len(episodes))
+                bar.set_postfix(success=f"{wins / bar.n:.3f}")
+                check_failures(episodes, recent)
+            bar.close()
+            if getattr(human, "replies", 0):
+                print(f"{policy}: the human leaked code in {human.leaks} of {human.replies} replies (drawn again, then cut)")
+    rewrite(args.episodes, lines, order)
+    report(args, lines, order)
+
+
+def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
+    """Put the finished file into the order of policies and tasks, whichever dialogue ended first."""
+    rank = {key: i for i, key in enumerate(order)}
+    lines.sort(key=lambda line: rank.get((line["policy"], line["id"], line["sample"]), len(rank)))
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            for line in lines:
+                append_jsonl(file, line)
+    write_aside(path, write)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval), for hits of n independent episodes."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, hits / n
+    middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+
+
+def bootstrap(values: list[float]) -> tuple[float, float]:
+    """95 % interval of a mean: percentiles of 10,000 means of resampled values."""
+    if not values:
+        return 0.0, 1.0
+    draws = np.random.default_rng(0).choice(np.array(values), size=(10_000, len(values))).mean(1)
+    return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
+
+
+def metrics_of(lines: list[dict]) -> dict:
+    """All that is reported about one policy. Rates leave out dialogues that ended in an error; these are counted.
+
+    turns: agent messages an episode. tokens_a_message: as the agent's model counts them. answered_at_limit: share of episodes
+    whose last turn came without an answer. leak_rate: share of human replies with code of the reference in the first draft.
+    """
+    sound = [line for line in lines if not line["outcome"].startswith("error")]
+    n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
+    result = {"episodes": len(sound), "errors": len(lines) - len(sound)}
+    for mode in ("fixed", "official"):
+        wins = sum(success(line["scores"], mode) for line in sound)
+        shares = [share(line["scores"], mode) for line in sound]
+        result[mode] = {"success": wins / n, "success_95": wilson(wins, len(sound)),
+                        "tests_passed": sum(shares) / n, "tests_passed_95": bootstrap(shares)}
+    tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
+    replies = [m for line in sound for m in line["dialogue_history"][1:] if m["role"] == "user"]
+    return result | {
+        "turns": len(said) / n, "tokens_a_message": sum(tokens) / max(1, len(tokens)),
+        "answered_at_limit": sum(line["outcome"] == "limit" for line in sound) / n,
+        "leak_rate": sum(m.get("leaked", False) for m in replies) / max(1, len(replies)),
+        "sandbox": sorted({line["scores"]["sandbox"] for line in sound}),
+    }
+
+
+def report(args, lines: list[dict], order: list[tuple]) -> None:
+    """Write metrics.json and print the table."""
+    wanted, results = set(order), {}
+    for policy in args.policies:
+        results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted])
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    text = json.dumps({"settings": settings, "policies": results}, indent=1)
+    write_aside(args.metrics, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    width = max(len(policy) for policy in results)
+    print(f"\n{'':{width}}  {'success':>7}  {'95 % interval':>15}  {'official':>8}  {'tests passed':>12}  {'turns':>5}  "
+          f"{'tokens/msg':>10}  {'at limit':>8}  {'leaks':>5}  {'n':>5}  {'errors':>6}")
+    for policy, m in results.items():
+        low, high = m["fixed"]["success_95"]
+        print(f"{policy:{width}}  {m['fixed']['success']:7.1%}  {low:7.1%} ..{high:6.1%}  {m['official']['success']:8.1%}  "
+              f"{m['fixed']['tests_passed']:12.1%}  {m['turns']:5.1f}  {m['tokens_a_message']:10.1f}  "
+              f"{m['answered_at_limit']:8.1%}  {m['leak_rate']:5.1%}  {m['episodes']:5d}  {m['errors']:6d}")
+    print(f"\n{args.episodes} has every dialogue, {args.metrics} every number")
+
+
+if __name__ == "__main__":
+    run_main(main)

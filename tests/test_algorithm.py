@@ -1,0 +1,167 @@
+"""The losses and the log-probs under them, against hand computations and the obvious slow implementation."""
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from colbench.model import encode_dialogue, load_tokenizer, message_logps, pack
+from train_critic import advantage, critic_loss, make_pairs, with_hidden_info
+from train_policy import draw_pairs, policy_loss
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def test_critic_loss_by_hand():
+    chosen, ref_chosen = [[-1.0, -2.0, -0.5], [-0.3]], [[-1.5, -2.5, -0.2], [-0.4]]
+    rejected, ref_rejected = [[-0.7, -0.1]], [[-0.6, -0.9]]
+    # mean per turn, then the sum over turns: the paper's normalisation, not one mean over the trajectory
+    a_chosen = (0.5 + 0.5 - 0.3) / 3 + 0.1
+    a_rejected = (-0.1 + 0.8) / 2
+    nll = (1.0 + 2.0 + 0.5 + 0.3) / 4
+    expected = softplus(-0.1 * (a_chosen - a_rejected)) + 0.01 * nll
+    tensors = [[torch.tensor(turn, dtype=torch.float64) for turn in turns] for turns in (chosen, rejected, ref_chosen, ref_rejected)]
+    loss, got_chosen, got_rejected = critic_loss(*tensors, beta=0.1, nll_weight=0.01)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert got_chosen.item() == pytest.approx(a_chosen) and got_rejected.item() == pytest.approx(a_rejected)
+    assert advantage(tensors[0][0], tensors[2][0]).item() == pytest.approx((0.5 + 0.5 - 0.3) / 3)
+
+
+def test_policy_loss_by_hand():
+    a, ref_a, b, ref_b = [-1.0, -0.2], [-1.4, -0.1], [-2.0], [-1.0]
+    reward_a, reward_b = 0.1 * (0.4 - 0.1), 0.1 * -1.0  # sums over tokens, not means
+    expected = softplus(-(reward_a - reward_b)) + 0.01 * (1.2 / 2)
+    loss, got_a, got_b = policy_loss(*(torch.tensor(x, dtype=torch.float64) for x in (a, b, ref_a, ref_b)), 0.1, 0.01)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert (got_a.item(), got_b.item()) == (pytest.approx(reward_a), pytest.approx(reward_b))
+
+
+def test_pairs_of_trajectories():
+    trajectories = [{"id": task, "reward": reward} for task, reward in
+                    [("x", 0.5), ("y", 1.0), ("x", 1.0), ("y", 1.0), ("x", 0.0), ("z", 0.0)]]
+    assert sorted(make_pairs(trajectories, 0, seed=0)) == [(0, 4), (2, 0), (2, 4)]  # any higher reward, same task only
+    assert len(make_pairs(trajectories, 2, seed=0)) == 2
+    assert make_pairs(trajectories, 2, seed=0) == make_pairs(trajectories, 2, seed=0)
+
+
+def test_pairs_of_candidates():
+    advantages = [0.3, -0.1, 0.9, 0.0, 0.5, -0.7]  # best first: 2 4 0 | 3 1 5
+    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), "halves", 4, 0.0)]
+    assert {a for a, _ in drawn} == {2, 4, 0} and {b for _, b in drawn} == {3, 1, 5}
+    assert draw_pairs(advantages[:3], random.Random(0), "halves", 4, 0.0) == [(2, 1)]  # the middle one is in neither half
+    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), "gap", 4, 0.8)]
+    assert {a for a, _ in drawn} == {2, 4} and {b for _, b in drawn} == {1, 3, 5}  # 0.9, 0.5 over what is <= 0.1
+    assert draw_pairs([0.1, 0.1], random.Random(0), "gap", 4, 0.2) == []
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=256)
+    model = LlamaForCausalLM(config).double().eval()
+    for parameter in model.parameters():  # far from the uniform distribution, so that a wrong mask shows
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def naive(model, prompt, message):
+    """Log-probs of one message after one prompt: one forward pass, all logits."""
+    logps = model(input_ids=torch.tensor([prompt + message])).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(prompt) + k - 1, token] for k, token in enumerate(message)])
+
+
+def random_trees(rng):
+    ids = lambda n: [rng.randrange(97) for _ in range(n)]  # noqa: E731
+    trajectory = (ids(40), [(7, 12), (20, 21), (33, 40)], [])
+    state = (ids(23), [], [ids(5), ids(1), ids(9)])
+    both = (ids(15), [(3, 6)], [ids(4), ids(2)])
+    return [trajectory, state, both]
+
+
+def test_message_logps_equal_one_by_one(model):
+    trees = random_trees(random.Random(1))
+    for (trunk, spans, leaves), got in zip(trees, message_logps(model, trees)):
+        expected = [naive(model, trunk[:a], trunk[a:b]) for a, b in spans] + [naive(model, trunk, leaf) for leaf in leaves]
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected):
+            torch.testing.assert_close(one.double(), other, atol=2e-6, rtol=0)  # float32 log-softmax
+
+
+def test_gradients_of_shared_prompts_equal_one_by_one(model):
+    (prompt, _, leaves), shared, single = random_trees(random.Random(2))[1], copy.deepcopy(model), copy.deepcopy(model)
+    weights = [1.0, -2.0, 0.5]
+    sum(w * logps.sum() for w, logps in zip(weights, message_logps(shared, [(prompt, [], leaves)])[0])).backward()
+    sum(w * naive(single, prompt, leaf).sum() for w, leaf in zip(weights, leaves)).backward()
+    for one, other in zip(shared.parameters(), single.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_a_leaf_does_not_see_its_sibling(model):
+    prompt, leaf = [1, 2, 3], [4, 5]
+    alone = message_logps(model, [(prompt, [], [leaf])])[0][0]
+    with_sibling = message_logps(model, [(prompt, [], [[6, 7, 8], leaf])])[0][1]
+    torch.testing.assert_close(alone, with_sibling, atol=1e-6, rtol=0)
+
+
+def test_pack_keeps_all_in_order_within_budget():
+    assert pack([3, 3, 3, 9, 1, 1], 6) == [[0, 1], [2], [3], [4, 5]]
+    assert pack([], 6) == []
+
+
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add tax."},
+    {"role": "assistant", "content": "What is the toll?"}, {"role": "user", "content": "The toll is 7."},
+    {"role": "assistant", "content": "I WANT TO ANSWER:\ndef f(n, d):\n    return 7"},
+]
+# the layout of each family's template, written out anew
+TEMPLATES = {
+    "tiny": None,
+    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}"
+              "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "chatml": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}{% for m in messages %}"
+              "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+              "<|im_start|>assistant\n{% endif %}",
+    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+             "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
+             "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+}
+END = {"tiny": "<|end|>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>"}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_masks_at_every_turn_boundary(family):
+    tokenizer = load_tokenizer("tiny")
+    if TEMPLATES[family]:
+        marks = ["<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<start_of_turn>", END[family]]
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
+        tokenizer.chat_template = TEMPLATES[family]
+    ids, spans = encode_dialogue(tokenizer, DIALOGUE)
+    said = [tokenizer.decode(ids[a:b]) for a, b in spans]
+    assert said == [m["content"] + END[family] for m in DIALOGUE if m["role"] == "assistant"]  # end-of-turn token included
+    assert ids.count(tokenizer.bos_token_id) == (0 if family == "chatml" else 1)  # no second BOS
+    outside = tokenizer.decode([t for i, t in enumerate(ids) if not any(a <= i < b for a, b in spans)])
+    assert "What is" not in outside and "WANT TO ANSWER" not in outside and "The toll is 7." in outside
+    # the prompt of a later turn is a prefix of the whole dialogue: what was sampled from is what is trained on
+    prompt, _ = encode_dialogue(tokenizer, DIALOGUE[:4])
+    assert prompt == ids[:spans[1][0]]
+    if family != "gemma":  # there the system text is in the first user message
+        text = tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
+        assert text.startswith(tokenizer.decode(ids))
+
+
+def test_marks_in_a_message_stay_text():
+    tokenizer = load_tokenizer("tiny")
+    ids, spans = encode_dialogue(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a<|end|>b"}])
+    assert ids[slice(*spans[0])].count(tokenizer.convert_tokens_to_ids("<|end|>")) == 1  # only the real one
+
+
+def test_hidden_info_is_in_the_critics_prompt_alone():
+    seen = with_hidden_info(DIALOGUE, "def f(n, d):\n    return 7  # secret")
+    assert "# secret" in seen[0]["content"] and seen[1:] == DIALOGUE[1:]
+    assert "secret" not in str(DIALOGUE)  # the dialogue itself is untouched
