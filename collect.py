@@ -101,8 +101,8 @@ def main():
     if not todo:
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
         return
-    print(f"{len(todo)} of {len(order)} trajectories to make, agent {args.agent_server or args.model}, human {args.human}"
-          f", 16 candidates at {args.candidate_share:.0%} of the turns" if not lines else f"going on: {len(todo)} to make")
+    print(f"{len(todo)} of {len(order)} trajectories to make, {len(lines)} are there; agent {args.agent_server or args.model}, "
+          f"human {args.human}, {args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
 
     if args.agent_server:
         agent = ServerChat(args.agent_server, args.agent_server_model)
@@ -132,7 +132,7 @@ def main():
             check_failures(episodes, recent)
         bar.close()
     rewrite(args.trajectories, lines, order)
-    summary(args, lines, None if args.add_candidates_to else human)
+    summary(args, lines)
 
 
 def complete(agent, trajectories: list[dict], args):
@@ -174,7 +174,7 @@ def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
     write_aside(path, write)
 
 
-def summary(args, lines: list[dict], human) -> None:
+def summary(args, lines: list[dict]) -> None:
     """What was made, and whether stage 2 can use it: it needs tasks whose trajectories differ in reward."""
     good = [line for line in lines if not line["outcome"].startswith("error")]
     rewards = {}
@@ -182,13 +182,14 @@ def summary(args, lines: list[dict], human) -> None:
         rewards.setdefault(line["id"], set()).add(line["reward"])
     turns = [sum(m["role"] == "assistant" for m in line["dialogue_history"]) for line in good]
     states = sum("candidates" in m for line in good for m in line["dialogue_history"])
+    replies = [m for line in good for m in line["dialogue_history"][1:] if m["role"] == "user"]
     n = max(1, len(good))
     print(f"{args.trajectories}: {len(good)} trajectories of {len(rewards)} tasks, {len(lines) - len(good)} errors; "
           f"tests passed {sum(line['reward'] for line in good) / n:.1%}, success {sum(line['reward'] == 1 for line in good) / n:.1%}, "
           f"{sum(turns) / n:.1f} turns, {sum(line['outcome'] == 'limit' for line in good) / n:.1%} answered at the limit")
     print(f"{sum(len(r) > 1 for r in rewards.values())} tasks have trajectories of different reward (the critic learns from "
-          f"these); {states} states have candidates" + (f"; the human leaked the code in {human.leaks} of {human.replies} replies"
-                                                        if getattr(human, "leaks", 0) else ""))
+          f"these); {states} states have candidates; the human's first draft held code of the reference in "
+          f"{sum(m.get('leaked', False) for m in replies)} of {len(replies)} replies")
     print("next: python train_critic.py" + (f" --run {args.run}" if args.run != "runs/tiny" else ""))
 
 

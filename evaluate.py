@@ -137,8 +137,6 @@ def main():
                 bar.set_postfix(success=f"{wins / bar.n:.3f}")
                 check_failures(episodes, recent)
             bar.close()
-            if getattr(human, "replies", 0):
-                print(f"{policy}: the human leaked code in {human.leaks} of {human.replies} replies (drawn again, then cut)")
     rewrite(args.episodes, lines, order)
     report(args, lines, order)
 

@@ -43,7 +43,7 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
          temperature=1.0, max_new_tokens=1024, parallel=64, seed=0):
     """Play many dialogues at once; yields lists of finished episodes, in the order in which they end.
 
-    agent: anything with `.sample` (LocalChat, ServerChat); human: anything with `.reply`; todo: list of (task, sample number).
+    agent: anything with `.sample` (LocalChat, ServerChat); human: anything with `.reply` and `.leaked`; todo: list of (task, sample number).
     At a `candidate_share` of the turns n_candidates messages are sampled; the first of them is the one played, and it is the
     one that would have been played without the others. All seeds come from (seed, task id, sample, turn).
     An error of agent or human ends that dialogue with outcome "error: ..." and touches no other.
@@ -73,11 +73,11 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
         human_seeds = [seed_of(seed, e["id"], e["sample"], len(e["dialogue_history"]), "human") for e in asking]
         histories = [prompt_messages("", e["dialogue_history"])[1:] for e in asking]
         texts = human.reply([e["task"] for e in asking], histories, human_seeds) if asking else []
-        for episode, text in zip(asking, texts):
+        for episode, text, leaked in zip(asking, texts, human.leaked if asking else []):
             if isinstance(text, Exception):
                 episode["outcome"] = f"error: human: {type(text).__name__}: {text}"
             else:
-                episode["dialogue_history"].append({"role": "user", "content": text})
+                episode["dialogue_history"].append({"role": "user", "content": text} | ({"leaked": True} if leaked else {}))
         finished = [episode for episode in active if episode["outcome"]]
         active = [episode for episode in active if not episode["outcome"]]
         if finished:

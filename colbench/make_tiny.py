@@ -64,10 +64,10 @@ def demonstrate(task: dict, rng: random.Random, informed: bool, clean: bool, tur
             name = rng.choice(asked) if asked and rng.random() < 0.05 else rng.choice(unasked)
         asked.append(name)
         history.append({"role": "assistant", "content": rng.choice(QUESTIONS).format(name)})
-        answer = human.reply([task], [history], [0])[0]
-        history.append({"role": "user", "content": answer})
-        if any(character.isdigit() for character in answer):
-            told[name] = int("".join(character for character in answer if character.isdigit()))
+        reply = human.reply([task], [history], [0])[0]
+        history.append({"role": "user", "content": reply})
+        if any(character.isdigit() for character in reply):
+            told[name] = int("".join(character for character in reply if character.isdigit()))
 
 
 def answer(function: str, told: dict[str, int]) -> str:
@@ -153,9 +153,9 @@ def example(tokenizer, index: int, practice_share: float) -> tuple[list[int], li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of --batch texts (default: 2000)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps of --batch texts (default: 1200)")
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak; cosine decay (default: 3e-3)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak; cosine decay (default: 2e-3)")
     parser.add_argument("--vocabulary", type=int, default=1536)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -9,7 +9,10 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 """
 
 import contextlib
+import logging
 from pathlib import Path
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel at import
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from colbench.files import UserError
 from colbench.server import Reply
 
 TINY = Path(__file__).parent / "tiny"
+torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

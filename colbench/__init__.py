@@ -1,0 +1,1 @@
+"""ColBench: tasks, the turn protocol, simulated humans and the scorer. Learning is in the scripts."""

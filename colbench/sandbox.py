@@ -1,0 +1,601 @@
+"""Run model-written Python in jailed processes and bring back plain data. Python >= 3.10, Linux on x86_64 or aarch64.
+
+    parent (the scorer) --socket--> zygote (warm, jailed, knows no task) --fork--> child (sealed; a text and its calls)
+
+The parent executes nothing and unpickles nothing: it sends text over a socket made for one child and reads results as
+tagged JSON, which `decode` rebuilds from exact built-in types. The zygote never sees the text. A child runs either a
+reference or an answer, so no child that runs an answer holds a reference, an expected value or another answer.
+What a child writes can only ever count as return values of its own calls.
+
+Covered, by layers that stand before the child reads the text and that `self_test` tries at every start:
+  files       Landlock: reading only below the standard library, site-packages, shared libraries and zone data; seccomp
+              refuses opening to write, deleting, renaming, chmod. Without Landlock: no opening after the imports.
+  network     seccomp refuses every socket but an anonymous pair; Landlock refuses TCP once more.
+  processes   seccomp is an allowlist: no fork, exec, ptrace, kill, fcntl owner, prctl, io_uring, bpf, namespaces.
+  privileges  as root every capability goes; no_new_privs always.
+  resources   1 GB of address space, 64 descriptors, 64 threads (not as root: 4096, the limit counts the whole user),
+              no core file, 1 MB a result, wall time per call kept by the parent, CPU time as a second limit.
+  orphans     a zygote whose parent is gone ends within a second, and its child with it (PDEATHSIG).
+Not covered: holes in the kernel; names, sizes and times of files (stat is allowed); what lies in site-packages; side
+channels such as time and load; calls of one answer share a process (each has a fresh module), so an answer can spoil
+its own later calls; a result of up to 1 MB, made to collide in a hash table, can cost the parent seconds where the
+expected value is as large. Windows is refused; macOS has the resource limits only, which is the tier "weak".
+"""
+import ast
+import builtins
+import ctypes
+import datetime
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import queue
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import symtable
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import time
+import types
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
+
+MARKER = "I WANT TO ANSWER:"
+MAX_RESULT = 1 << 20   # bytes of JSON that one call may return
+MAX_VALUES = 100_000   # values inside one result
+MAX_DEPTH = 100        # nesting of one result
+PREPARE_S = 10.0       # seconds for parsing and for the imports that the text names; not charged to a call
+START_S = 60.0         # seconds for a zygote to come up
+PRELOAD = """_strptime abc base64 bisect calendar cmath collections.abc copy csv dataclasses enum functools hashlib
+    heapq inspect io itertools locale math numbers operator statistics string threading traceback typing unicodedata
+    uuid zoneinfo concurrent.futures.thread numpy numpy.random"""
+
+# ---- results as plain data -------------------------------------------------------------------------------------------
+# tag, type, its parts, and the value again from these; a base class's own methods, so that no subclass has a say
+KINDS = [
+    ("int", int, lambda v: [int.__format__(v, "x")], lambda p: int(p[0], 16)),
+    ("float", float, lambda v: [float.hex(v)], lambda p: float.fromhex(p[0])),
+    ("str", str, lambda v: [str.encode(v, "utf-8", "surrogatepass").hex()],
+     lambda p: bytes.fromhex(p[0]).decode("utf-8", "surrogatepass")),
+    ("list", list, list.__iter__, list), ("tuple", tuple, tuple.__iter__, tuple), ("dict", dict, dict.items, dict),
+    ("set", set, set.__iter__, set), ("frozenset", frozenset, frozenset.__iter__, frozenset),
+    ("set", (type({}.keys()), type({}.items())), iter, set), ("deque", deque, deque.__iter__, deque),
+    ("bytes", (bytes, bytearray), lambda v: [bytes(v).hex()], lambda p: bytes.fromhex(p[0])),
+    ("range", range, lambda v: (v.start, v.stop, v.step), lambda p: range(*p)),
+    ("complex", complex, lambda v: (v.real, v.imag), lambda p: complex(*p)),
+    ("Decimal", Decimal, lambda v: [Decimal.__str__(v)], lambda p: Decimal(p[0])),
+    ("Fraction", Fraction, lambda v: (v.numerator, v.denominator), lambda p: Fraction(*p)),
+    ("timedelta", datetime.timedelta, lambda v: (v.days, v.seconds, v.microseconds), lambda p: datetime.timedelta(*p)),
+    ("datetime", datetime.datetime, lambda v: (v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond,
+                                               v.utcoffset()), lambda p: datetime.datetime(*p[:7], _zone(p[7]))),
+    ("date", datetime.date, lambda v: (v.year, v.month, v.day), lambda p: datetime.date(*p)),
+    ("time", datetime.time, lambda v: (v.hour, v.minute, v.second, v.microsecond, v.utcoffset()),
+     lambda p: datetime.time(*p[:4], _zone(p[4]))),
+    ("type", type, lambda v: [v.__name__] if vars(builtins).get(v.__name__) is v else 1 / 0,  # int, str, ... alone
+     lambda p: vars(builtins)[p[0]]),
+]
+BUILD = {tag: build for tag, _, _, build in KINDS}
+
+
+def _zone(offset):
+    return None if offset is None else datetime.timezone(offset)
+
+
+def encode(value, depth=0, room=None):
+    """`value` as data for JSON: None, bool, short int and ASCII str as themselves, all else [tag, part, ...].
+
+    Any exception means that it is no plain data, or too much of it.
+    """
+    if value is None or value is True or value is False:
+        return value
+    if type(value) is int and -2**53 < value < 2**53 or type(value) is str and value.isascii():
+        return value
+    room = [MAX_VALUES] if room is None else room
+    room[0] -= 1
+    if room[0] < 0 or depth > MAX_DEPTH:
+        raise ValueError("too large")
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(value, (numpy.ndarray, numpy.generic)):  # a numpy scalar is an array without dimensions
+        tag, parts = "array", (value.shape, numpy.asarray(value).ravel().tolist())
+    else:
+        tag, parts = next((tag, take(value)) for tag, kind, take, _ in KINDS if isinstance(value, kind))
+    return [tag, *[encode(part, depth + 1, room) for part in parts]]
+
+
+def decode(data, array):
+    """The value behind `encode`'s data; `array(shape, flat values)` builds what stands for a numpy array.
+
+    The data may be forged: any exception means that it is no result.
+    """
+    if not isinstance(data, list):
+        return data
+    parts = [decode(part, array) for part in data[1:]]
+    return array(*parts) if data[0] == "array" else BUILD[data[0]](parts)
+
+
+# ---- code out of an answer (runs in the child) -----------------------------------------------------------------------
+FENCE_TO_OWN_LINE = re.compile(r"(?P<fence>```+|~~~+)[^\n`]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)", re.S | re.M)
+FENCE_TO_ANYWHERE = re.compile(r"(?P<fence>```+|~~~+)(?:[\w ]*\n)?(?P<code>.*?)(?:(?P=fence)|\Z)", re.S)
+CODE_START = re.compile(r"@|(def|class|async|from|import)\b")
+
+
+def without_prose(text):
+    """Yield code between prose without fences: from each line that starts like code to the first that is none."""
+    lines = text.split("\n")
+    for start in [i for i, line in enumerate(lines) if CODE_START.match(line)]:
+        part = lines[start:]
+        while part:
+            try:
+                ast.parse("\n".join(part))
+                yield "\n".join(part)
+                break
+            except SyntaxError as error:
+                cut = min(error.lineno or 1, len(part)) - 1
+                if part[cut][:1] in ("", " ", "\t"):  # broken inside a block: bad code, not prose after code
+                    break
+                part = part[:cut]
+
+
+def code_blocks(answer, name):
+    """The pieces of Python in an answer as syntax trees, in order; they run one after the other in one namespace.
+
+    The whole text if it is code that binds `name`, else its fenced pieces that parse (a later definition wins), else
+    code between prose. Where nothing binds `name`: whatever parses first. No code at all: an empty list.
+    """
+    text = answer.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(re.escape(MARKER) + r"[ \t]*", "\n", text)
+    ways = (lambda: [text], lambda: [m["code"] for m in FENCE_TO_OWN_LINE.finditer(text)],
+            lambda: [m["code"] for m in FENCE_TO_ANYWHERE.finditer(text)], lambda: without_prose(text))
+    fallback = []
+    for pieces in ways:
+        trees, bound = [], False
+        for piece in map(textwrap.dedent, pieces()):
+            try:
+                trees.append(ast.parse(piece))
+                symbols = symtable.symtable(piece, "", "exec")
+            except (SyntaxError, ValueError, MemoryError, RecursionError):  # no Python; a null byte; nested too deep
+                continue
+            if name in symbols.get_identifiers():
+                bound = bound or symbols.lookup(name).is_assigned() or symbols.lookup(name).is_imported()
+        if bound:
+            return trees
+        fallback = fallback or [tree for tree in trees if tree.body]
+    return fallback
+
+
+def called_name(call):
+    """The name that a call expression is about: the outermost one that is no builtin ("f" in "round(f(2), 1)")."""
+    names = [node.id for node in ast.walk(ast.parse(call.strip(), mode="eval")) if isinstance(node, ast.Name)]
+    return next((name for name in names if not hasattr(builtins, name)), names[0] if names else "")
+
+
+# ---- the jail (entered by the zygote and by its children) ------------------------------------------------------------
+# name, number on x86_64, number on aarch64 ("-": none there)
+SYSCALLS = """read 0 63 write 1 64 open 2 - close 3 57 stat 4 - fstat 5 80 lstat 6 - poll 7 - lseek 8 62 mmap 9 222
+    mprotect 10 226 munmap 11 215 brk 12 214 rt_sigaction 13 134 rt_sigprocmask 14 135 rt_sigreturn 15 139 ioctl 16 29
+    pread64 17 67 readv 19 65 writev 20 66 access 21 - pipe 22 - select 23 - sched_yield 24 124 mremap 25 216
+    madvise 28 233 dup 32 23 dup2 33 - nanosleep 35 101 getitimer 36 102 alarm 37 - setitimer 38 103 getpid 39 172
+    sendto 44 206 recvfrom 45 207 socketpair 53 199 clone 56 220 exit 60 93 uname 63 160 fcntl 72 25 getcwd 79 17
+    readlink 89 - gettimeofday 96 169 getrlimit 97 163 getrusage 98 165 sysinfo 99 179 times 100 153 getuid 102 174
+    getgid 104 176 geteuid 107 175 getegid 108 177 getppid 110 173 sigaltstack 131 132 gettid 186 178 time 201 -
+    futex 202 98 sched_getaffinity 204 123 getdents64 217 61 restart_syscall 219 128 clock_gettime 228 113
+    clock_getres 229 114 clock_nanosleep 230 115 exit_group 231 94 epoll_wait 232 - epoll_ctl 233 21 openat 257 56
+    newfstatat 262 79 readlinkat 267 78 faccessat 269 48 pselect6 270 72 ppoll 271 73 set_robust_list 273 99
+    epoll_pwait 281 22 eventfd2 290 19 epoll_create1 291 20 dup3 292 24 pipe2 293 59 prlimit64 302 261 getcpu 309 168
+    getrandom 318 278 membarrier 324 283 statx 332 291 rseq 334 293 faccessat2 439 439 epoll_pwait2 441 441
+    seccomp 317 277""".split()
+ARG, ALL = [16 + 8 * i for i in range(6)], 0xFFFFFFFF  # offset of argument i in struct seccomp_data, its low word first
+RULES = {  # syscall: conditions that must all hold, each (offset of a word, mask, values allowed after the mask)
+    "clone": [(ARG[0], 0x10000, [0x10000])],                            # CLONE_THREAD: threads, no processes
+    "open": [(ARG[1], 0o1103, [0])], "openat": [(ARG[2], 0o1103, [0])],  # no O_WRONLY, O_RDWR, O_CREAT, O_TRUNC
+    "fcntl": [(ARG[1], ALL, [0, 1, 2, 3, 4, 1030])],                    # dup, descriptor flags, file flags; no F_SETOWN
+    "ioctl": [(ARG[1], ALL, [0x5401, 0x541B, 0x5421, 0x5450, 0x5451])],  # isatty, FIONREAD, FIONBIO, close-on-exec
+    "prlimit64": [(ARG[2], ALL, [0]), (ARG[2] + 4, ALL, [0])],          # read limits, set none
+    "sendto": [(ARG[4], ALL, [0]), (ARG[4] + 4, ALL, [0])],             # without an address: to a pair's other end
+    "socketpair": [(ARG[0], ALL, [1])],                                 # AF_UNIX
+    "seccomp": [(ARG[0], ALL, [1]), (ARG[1], ALL, [1])],                # one more filter, which can only take away
+}
+CALLS = {"x86_64": (0, 0xC000003E, 317, 126), "aarch64": (1, 0xC00000B7, 277, 91)}  # column, arch, seccomp, capset
+MACHINE = platform.machine() if sys.platform == "linux" and platform.machine() in CALLS else None
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def syscall(*args):
+    return LIBC.syscall(*[ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args])
+
+
+def seccomp_program(no_open):
+    """BPF instructions (bytes): the allowlist, or with `no_open` a filter that refuses opening and allows the rest."""
+    column, arch, _, _ = CALLS[MACHINE]
+    load, equal, mask_with, give = 0x20, 0x15, 0x54, 0x06
+    allow, kill, eperm, enosys = [(give, 0, 0, k) for k in (0x7FFF0000, 0x80000000, 0x50001, 0x50026)]
+    code = [(load, 0, 0, 4), (equal, 1, 0, arch), kill, (load, 0, 0, 0)]
+    for name, number in zip(SYSCALLS[::3], SYSCALLS[1 + column::3]):
+        body = []
+        for word, mask, values in RULES.get(name, []):
+            body += [(load, 0, 0, word), (mask_with, 0, 0, mask)]
+            body += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)] + [eperm]
+        body = ([eperm] if name in ("open", "openat") else []) if no_open else body + [allow]
+        code += [(equal, 0, len(body), int(number))] + body if number != "-" else []
+    code += [allow] if no_open else [(equal, 0, 1, 435), enosys, eperm]  # without clone3 libc falls back to clone
+    return b"".join(struct.pack("HBBI", *line) for line in code)
+
+
+def seccomp(program):
+    """Install a filter in this process; whether that worked."""
+    memory = ctypes.create_string_buffer(program, len(program))
+    head = struct.pack("@HP", len(program) // 8, ctypes.addressof(memory))
+    return syscall(CALLS[MACHINE][2], 1, 1, head) == 0  # SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC
+
+
+def landlock(abi, files, net, scope, paths=()):
+    """Take rights from this process for good (bits of file rights, TCP, signals); below `paths` reading stays."""
+    handled = struct.pack("QQQ", files, net, scope)[:8 if abi < 4 else 16 if abi < 6 else 24]
+    rules = syscall(444, handled, len(handled), 0)
+    for path in filter(os.path.exists, paths):
+        fd = os.open(path, os.O_RDONLY)
+        right = 0b1100 if os.path.isdir(path) else 0b0100  # READ_DIR and READ_FILE
+        syscall(445, rules, 1, struct.pack("=Qi", right, fd), 0)
+        os.close(fd)
+    if syscall(446, rules, 0) != 0:
+        raise OSError("Landlock is there but does not work")
+    os.close(rules)
+
+
+def jail_zygote(site_paths):
+    """What a zygote can put on before it forks. Returns the Landlock version, 0 without it."""
+    import resource  # not on Windows, where this file must still import
+    if MACHINE:
+        LIBC.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: other processes of this user cannot read its memory
+        threads = 4096
+        if os.geteuid() == 0:
+            try:
+                os.setresuid(1 << 30 | os.getpid(), -1, -1)  # a real uid of its own: RLIMIT_NPROC spares root's
+                threads = 64
+            except OSError:
+                pass  # a user namespace without that uid: then only the address space limits threads
+            syscall(CALLS[MACHINE][3], struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))  # no capabilities
+        LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
+    for name, limit in ("AS", 1 << 30), ("FSIZE", 0), ("NOFILE", 64), ("CORE", 0), ("MEMLOCK", 0):
+        try:
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        except (OSError, ValueError):
+            pass  # macOS refuses some; self_test decides what the rest is worth
+    abi = max(syscall(444, None, 0, 1), 0) if MACHINE else 0  # landlock_create_ruleset, asked for its version
+    if abi:
+        rights = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1  # every file right that this version knows
+        paths = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/localtime",
+                 "/etc/ld.so.cache", f"{sys.base_prefix}/lib", *map(sysconfig.get_path, ("stdlib", "platstdlib"))]
+        landlock(abi, rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0, paths + site_paths)
+    return abi
+
+
+def jail_child(zygote, abi, program):
+    """What must wait for the fork. Descriptor 3 is the child's socket, 0 to 2 are /dev/null. Returns layers by name."""
+    import resource
+    os.closerange(4, 64)
+    os.environ.clear()
+    resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+    if not MACHINE:
+        return []
+    LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
+    if os.getppid() != zygote:
+        os._exit(1)
+    if abi >= 6:
+        landlock(abi, 0, 0, 3)  # a domain of its own: no signals even to the zygote
+    return ["landlock"] * (abi > 0) + ["seccomp"] * seccomp(program)
+
+
+# ---- the child -------------------------------------------------------------------------------------------------------
+def import_named(tree):
+    """Import what the code will import, before its time counts and, without Landlock, before files shut."""
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except BaseException:  # missing, not a module, or it exits: the code's own import will meet the same
+                pass
+
+
+def seed_random(seed):
+    random.seed(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(seed)
+
+
+def fixed_mode(text, calls):
+    """A function from a call to its value: each in a fresh module, with the same random numbers every time.
+
+    A statement that raises (an example below the function, input(), SystemExit) ends its block only: the call decides.
+    """
+    trees = code_blocks(text, called_name(calls[0]))
+    blocks = [compile(tree, "<answer>", "exec", dont_inherit=True) for tree in trees]
+    for tree in trees:
+        import_named(tree)
+
+    def run(call):
+        module = sys.modules["answer"] = types.ModuleType("answer")
+        seed_random(0)
+        for block in blocks:
+            try:
+                exec(block, module.__dict__)
+            except BaseException:  # see above
+                pass
+        return eval(call.strip(), module.__dict__)
+
+    return run
+
+
+def official_mode(text, alarm):
+    """A function from a call to its value as the released evaluator makes it, or None once `alarm` seconds are over.
+
+    There exec and eval stand in a function: module-level names land in its locals, while the code's own functions look
+    in the evaluator's globals. SIGALRM raises TimeoutError inside the code, which the code may catch. SystemExit ends
+    the whole evaluation there; here it is a call not passed.
+    """
+    tree = ast.parse(text)
+    code = compile(tree, "<string>", "exec", dont_inherit=True)
+    import_named(tree)
+    name = "sweet_rl.utils.code_utils"
+    module = sys.modules[name] = types.ModuleType(name)
+    module.multiprocessing, module.signal, module.Empty = multiprocessing, signal, queue.Empty  # what that one imports
+
+    def late(*_):
+        raise TimeoutError
+
+    def run(call):
+        names = {"function_definition": text, "test_case": call}
+        seed_random(None)
+        signal.signal(signal.SIGALRM, late)
+        try:
+            signal.alarm(alarm)
+            exec(code, module.__dict__, names)
+            return eval(call, module.__dict__, names)
+        finally:
+            signal.alarm(0)
+
+    return run
+
+
+def child(fd, zygote, abi, filters):
+    """Read one request from the socket, run its calls in order, send a frame for each; never returns."""
+    try:
+        os.dup2(fd, 3)
+        link = socket.socket(fileno=3)
+        layers = jail_child(zygote, abi, filters[0])
+        size, = struct.unpack("=I", link.recv(4, socket.MSG_WAITALL))
+        request = json.loads(link.recv(size, socket.MSG_WAITALL))
+        runs = {}
+        for mode, text in request["texts"].items():
+            try:
+                calls = [call for its_mode, call in request["calls"] if its_mode == mode]
+                runs[mode] = fixed_mode(text, calls) if mode == "fixed" else official_mode(text, request["alarm"])
+            except Exception as error:  # no Python, or too deep: each call raises that
+                runs[mode] = error
+        if layers == ["seccomp"]:
+            seccomp(filters[1])
+        send_frame(link, b"+", " ".join(layers).encode())
+        for mode, call in request["calls"]:
+            kind, body = b"R", b""
+            try:
+                if isinstance(runs[mode], Exception):
+                    raise runs[mode]
+                value = runs[mode](call)
+                try:
+                    kind, body = b"V", json.dumps(encode(value)).encode()
+                except Exception:  # no plain data, or too much
+                    kind = b"R"
+            except BaseException as error:  # whatever the code raises, SystemExit too, ends this call alone
+                kind, body = b"E", type(error).__name__.encode("utf-8", "replace")
+            send_frame(link, kind, body) if len(body) <= MAX_RESULT else send_frame(link, b"R", b"")
+    finally:
+        os._exit(0)
+
+
+def send_frame(link, kind, body):
+    link.sendall(struct.pack("=I", len(body)) + kind + body)
+
+
+def zygote_main(control, parent, site_paths):
+    """Preload, enter the jail, then serve: b"f" with a socket forks a child, b"k" kills it and is answered by b"k"."""
+    sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))] + site_paths
+    for name in PRELOAD.split():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass  # numpy is optional
+    filters = [seccomp_program(no_open) for no_open in (False, True)] if MACHINE else [b"", b""]
+    abi, me, running = jail_zygote(site_paths), os.getpid(), 0
+    for run in fixed_mode("```\ndef f():\n    return 1\n```", ["f()"]), official_mode("f = int", 0):
+        json.dumps(encode(run("f()")))  # warm caches, which children inherit
+    os.dup2(1, 2)  # /dev/null; up to here errors went to the parent's stderr
+    gc.freeze()
+    control.sendall(b"+")
+    control.settimeout(1.0)
+    while True:
+        try:
+            message, fds, _, _ = socket.recv_fds(control, 1, 1)
+        except TimeoutError:
+            message, fds = b"?", []
+        if not message or os.getppid() != parent:  # a fork of the parent may hold the socket open: look at the pid too
+            os._exit(0)
+        if message in b"fk" and running:
+            os.kill(running, signal.SIGKILL)
+            os.waitpid(running, 0)
+            running = 0
+        if message == b"f":
+            running = os.fork()
+            if not running:
+                child(fds[0], me, abi, filters)
+            os.close(fds[0])
+        elif message == b"k":
+            control.sendall(b"k")
+
+
+# ---- the parent ------------------------------------------------------------------------------------------------------
+class Zygote:
+    """A warm process that forks jailed children; one thread at a time may use it. Starts again when lost."""
+
+    def __init__(self):
+        self.process, self.layers = None, None
+        self.start()
+
+    def start(self):
+        """Raises RuntimeError when the process does not come up."""
+        self.control, theirs = socket.socketpair()
+        site = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+        flags = ["-s", "-S", "-B"] + ["-P"] * (sys.version_info >= (3, 11))  # older: zygote_main takes the folder out
+        env = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python start only with it
+            env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        arguments = [os.path.abspath(__file__), str(theirs.fileno()), str(os.getpid()), json.dumps(site)]
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, *flags, *arguments], env=env, cwd="/", stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
+        if not self.says(b"+", START_S):
+            self.close()
+            raise RuntimeError("a sandbox process did not start; if it had an error, that is above")
+
+    def close(self):
+        if self.process is not None:
+            self.control.close()
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def says(self, expected, seconds):
+        try:
+            self.control.settimeout(seconds)
+            return self.control.recv(1) == expected
+        except OSError:
+            return False
+
+    def run(self, texts, calls, seconds, alarm=0):
+        """Run every call expression on each text. `texts`: {"fixed": text, "official": text}, either may be missing.
+
+        Returns {mode: [(kind, wire) for each call]}, wire being bytes of JSON for `decode`. kind: "value", "raised",
+        "refused" (no plain data, or too much), "timed out" (after `seconds` of wall time) or "died". Calls that time
+        out or die are lost alone: the rest go on in a new child. `alarm`: whole seconds after which the official mode
+        raises TimeoutError in the code, which then has as many again; 0 for never.
+        Raises RuntimeError when the sandbox cannot be started again or has lost a layer.
+        """
+        jobs = [(mode, call) for mode in texts for call in calls]
+        outcomes, lost = [], 0
+        try:
+            while len(outcomes) < len(jobs):
+                if self.process is None:
+                    self.start()
+                request = {"texts": texts, "calls": jobs[len(outcomes):], "alarm": alarm}
+                got = self.run_child(request, seconds)
+                try:
+                    self.control.sendall(b"k")
+                    alive = self.says(b"k", 10.0)
+                except OSError:
+                    alive = False
+                if not alive:  # the zygote itself went: its child is not to blame, unless that happens again
+                    self.close()
+                    lost += 1
+                    while got and got[-1][0] == "died" and lost < 3:
+                        got.pop()
+                outcomes += got
+        except BaseException:
+            self.close()  # in an unknown state: the next run starts afresh
+            raise
+        return {mode: outcomes[i * len(calls):(i + 1) * len(calls)] for i, mode in enumerate(texts)}
+
+    def run_child(self, request, seconds):
+        """One fork. Returns an outcome for each call up to and with the first lost one; for all, if it never begins."""
+        got, begun, text = [], False, json.dumps(request).encode()
+        mine, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(self.control, [b"f"], [theirs.fileno()])
+            mine.settimeout(PREPARE_S)
+            mine.sendall(struct.pack("=I", len(text)) + text)
+            layers = receive_frame(mine, PREPARE_S)[1]
+            self.layers, begun = self.layers or layers, True
+            if layers != self.layers:
+                raise RuntimeError(f"the sandbox lost a layer: {self.layers} became {layers}")
+            for mode, _ in request["calls"]:
+                kind, body = receive_frame(mine, seconds + request["alarm"] * (mode == "official"))
+                got.append(({b"V": "value", b"E": "raised"}.get(kind, "refused"), body))
+            return got
+        except TimeoutError:
+            lost = ("timed out", b"")
+        except (EOFError, OSError):
+            lost = ("died", b"")
+        finally:
+            mine.close()
+        return got + [lost] * (1 if begun else len(request["calls"]))
+
+
+def receive_frame(link, seconds):
+    """(kind, body), both bytes. Raises TimeoutError; EOFError when the child is gone or announces too large a frame."""
+    deadline, data, need = time.monotonic() + seconds, b"", 5
+    while len(data) < need:
+        link.settimeout(max(deadline - time.monotonic(), 1e-3))
+        more = link.recv(min(need - len(data), 1 << 16))
+        data += more
+        if len(data) == need == 5:
+            need += struct.unpack("=I", data[:4])[0]
+        if not more or need > MAX_RESULT + 5:
+            raise EOFError
+    return data[4:5], data[5:]
+
+
+def self_test(zygote):
+    """Try to break out of a jailed child. Returns (tier, what got through); RuntimeError if plain code does not run.
+
+    Tier: "strict" nothing got through; "seccomp-only" the same without Landlock (files shut once imports are done);
+    "weak" something got through.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
+        path, port, me = os.path.join(folder, "canary"), server.getsockname()[1], os.getpid()
+        with open(path, "w") as file:
+            file.write("canary")
+        attempts = {
+            "plain code": "1",
+            "TCP": f"socket.create_connection(('127.0.0.1', {port}), 1)",
+            "UDP": f"socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
+            "reading a file": f"open({path!r}).read()",
+            "reading another process": f"open('/proc/{me}/environ').read()",
+            "writing a file": f"open({path!r}, 'a').write('x')",
+            "creating a file": f"open({path!r} + '2', 'w')",
+            "fork": "os.fork() or os._exit(0)",
+            "running a program": "os.posix_spawn('/bin/sh', ['sh', '-c', 'exit 0'], {})",
+            "signals": f"os.kill({me}, 0)",
+            "signals to the zygote": "os.kill(os.getppid(), 0)",
+            "signals through a descriptor": f"fcntl.fcntl(3, 8, {me})",  # F_SETOWN
+            "3 GB of memory": "bytearray(3 << 30)",
+            "raising a limit": "resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))",
+            "deleting a file": f"os.unlink({path!r})",
+        }
+        code = "import fcntl, os, resource, socket\ndef works(attempt):\n    attempt()\n    return True"
+        calls = [f"works(lambda: {attempt})" for attempt in attempts.values()]
+        outcomes = zygote.run({"fixed": code}, calls, seconds=5.0)["fixed"]
+    through = [name for name, outcome in zip(attempts, outcomes) if outcome == ("value", b"true")]
+    if through[:1] != ["plain code"]:
+        raise RuntimeError(f"the sandbox does not run plain code: {outcomes[0]}")
+    tier = "weak" if through[1:] else "strict" if b"landlock" in zygote.layers else "seccomp-only"
+    return tier, through[1:]
+
+
+if __name__ == "__main__":
+    given = int(sys.argv[1])
+    low = os.dup(given)  # whatever its number in the parent, here it is among those that a child closes
+    os.close(given)
+    zygote_main(socket.socket(fileno=low), int(sys.argv[2]), json.loads(sys.argv[3]))

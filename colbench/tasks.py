@@ -1,0 +1,189 @@
+"""Backend Programming tasks and trajectories in the published format: from a path, the hub or the mini benchmark."""
+import ast
+import hashlib
+import json
+import warnings
+from itertools import islice
+from pathlib import Path
+
+from colbench.files import UserError, numbered_rows
+
+HUB_FILES = {"test": "backend_tasks/test.jsonl", "train": "backend_tasks/train.jsonl"}
+MINI_SIZES = {"train": 1000, "test": 300}  # tasks of `mini:train` and `mini:test` when no limit is given
+
+
+def load_tasks(source, limit=None):
+    """The first `limit` (None: all) tasks of `source`: [{"id", "problem_description", "ground_truth", "test_cases"}].
+
+    `test_cases` is {name: call}, whether the file holds a dict or the JSON or Python text of one. `id` is the file's
+    own if it is a text, else twelve hex digits of the description and the reference: equal tasks have equal ids.
+    Other fields (`hidden_information` repeats the reference) are dropped.
+
+    source: a .jsonl path; `mini:train` or `mini:test`; on the Hugging Face hub `owner/dataset:test`, `:train` or
+    `:path/in/the/dataset.jsonl`, or `hf://datasets/owner/dataset/path.jsonl`.
+    UserError, naming file, line and field, for anything that cannot be a task; all lines up to the limit are checked.
+    """
+    if str(source).startswith("mini:"):
+        from colbench.mini import mini_tasks
+        split = str(source)[len("mini:"):]
+        if split not in MINI_SIZES:
+            raise UserError(f"{source}: the mini benchmark has mini:train and mini:test")
+        return mini_tasks(split, MINI_SIZES[split] if limit is None else limit)
+    path = local_path(source)
+    tasks = [_task(row, f"{path}:{number}") for number, row in islice(numbered_rows(path), limit)]
+    if not tasks:
+        raise UserError(f"{path}: no tasks in it")
+    return tasks
+
+
+def load_trajectories(source, limit=None):
+    """The first `limit` trajectories of `source` (a path or hub file as for load_tasks), each with all the keys it has.
+
+    {"task", "dialogue_history": [{"role": "user" | "assistant", "content": str, …}, …], "answer": str, "id", "sample"}
+    `task` is checked and parsed as in load_tasks, its other keys stay. `id` is the task's. `sample` counts the
+    trajectories of a task in file order where the file has none; a number that is taken already (two files put
+    together) becomes the next free one, so (id, sample) is unique. A missing `answer` is the last assistant message,
+    after the answer marker if it has one. A missing `reward` stays missing. Content null counts as "".
+    A line whose "outcome" starts with "error" is a dialogue that broke off: it is kept, and may lack an assistant
+    message and an answer (then ""); callers leave such lines out.
+    """
+    path = local_path(source)
+    trajectories, seen = [], set()
+    for number, row in islice(numbered_rows(path, ("task", "dialogue_history")), limit):
+        where = f"{path}:{number}"
+        if not isinstance(row["task"], dict):
+            raise UserError(f"{where}: task: an object is wanted, this is a {type(row['task']).__name__}")
+        task = _task(row["task"], f"{where}: task")
+        if isinstance(row.get("id"), str):
+            task["id"] = row["id"]
+        broke_off = str(row.get("outcome", "")).startswith("error")
+        dialogue = _dialogue(row["dialogue_history"], where, broke_off)
+        answer = row.get("answer")
+        if answer is None:
+            said = [message["content"] for message in dialogue if message["role"] == "assistant"]
+            answer = said[-1].split("I WANT TO ANSWER:")[:2][-1] if said else ""
+        if not isinstance(answer, str):
+            raise UserError(f"{where}: answer: a text is wanted, this is a {type(answer).__name__}")
+        sample = row.get("sample")
+        if sample is None:
+            sample = 0
+        if type(sample) is not int:
+            raise UserError(f"{where}: sample: a whole number is wanted, this is {sample!r}")
+        while (task["id"], sample) in seen:
+            sample += 1
+        seen.add((task["id"], sample))
+        trajectories.append({**row, "task": {**row["task"], **task}, "dialogue_history": dialogue, "answer": answer,
+                             "id": task["id"], "sample": sample})
+    if not trajectories:
+        raise UserError(f"{path}: no trajectories in it")
+    return trajectories
+
+
+def parse_test_cases(value):
+    """{name: call} from a dict or its JSON or Python text. ValueError, one line, if there is no usable call."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = _python(ast.literal_eval, value, "neither JSON nor Python text of a dict")
+    if not isinstance(value, dict):
+        raise ValueError(f"a dict of name: call is wanted, this is a {type(value).__name__}")
+    if not value:
+        raise ValueError("a task without tests")
+    for name, call in value.items():
+        if not isinstance(call, str):
+            raise ValueError(f"{name}: a call as a text is wanted, this is a {type(call).__name__}")
+        _python(lambda text: ast.parse(text.strip(), mode="eval"), call, f"{name}: not a Python expression")
+    return {str(name): call for name, call in value.items()}
+
+
+def local_path(source):
+    """Local path of a path, `owner/dataset:file` or `hf://datasets/owner/dataset/file`; UserError if there is none."""
+    source = str(source)
+    if Path(source).exists():
+        return source
+    if source.startswith("hf://"):
+        parts = source.removeprefix("hf://").removeprefix("datasets/").split("/", 2)
+        if len(parts) < 3:
+            raise UserError(f"{source}: hf://datasets/owner/dataset/path/to/file.jsonl is wanted")
+        return _download("/".join(parts[:2]), parts[2], source)
+    dataset, _, file = source.partition(":")
+    is_hub_id = dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and not dataset.endswith(".jsonl")
+    if not is_hub_id:
+        raise UserError(f"{source}: no such file")
+    return _download(dataset, HUB_FILES.get(file or "test", file), source)
+
+
+def _download(dataset, file, source):
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    except ImportError:
+        raise UserError(f"{source}: no such file (for a hub dataset: pip install huggingface_hub)") from None
+    try:
+        # One look without the client's retries, which take half a minute where there is no network.
+        get_hf_file_metadata(hf_hub_url(dataset, file, repo_type="dataset"), timeout=10)
+        return hf_hub_download(dataset, file, repo_type="dataset")
+    except Exception as error:  # gated, renamed, no network, offline mode, proxy, disk: they share no class
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+    try:
+        return hf_hub_download(dataset, file, repo_type="dataset", local_files_only=True)  # fetched on an earlier day
+    except Exception:  # not in the cache either: the first reason is the one to tell
+        raise UserError(f"{source}: no such local file, and the hub gives none ({reason}); if it is gated, accept its "
+                        "terms there and run `hf auth login`, or pass the path of a downloaded file") from None
+
+
+def _task(row, where):
+    texts = {}
+    for field in ("problem_description", "ground_truth"):
+        value = row.get(field)
+        if not isinstance(value, str) or not value.strip():
+            problem = "missing" if value is None else "empty" if isinstance(value, str) else "not a text"
+            raise UserError(f"{where}: {field}: {problem}")
+        texts[field] = value
+    try:
+        _python(ast.parse, texts["ground_truth"], "not Python")
+    except ValueError as error:
+        raise UserError(f"{where}: ground_truth: {error}") from None
+    if "test_cases" not in row:
+        raise UserError(f"{where}: test_cases: missing")
+    try:
+        test_cases = parse_test_cases(row["test_cases"])
+    except ValueError as error:
+        raise UserError(f"{where}: test_cases: {error}") from None
+    name = row.get("id")
+    if not isinstance(name, str) or not name:
+        name = hashlib.sha256("\n".join(texts.values()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return {"id": name, **texts, "test_cases": test_cases}
+
+
+def _dialogue(history, where, broke_off):
+    if not isinstance(history, list) or not history:
+        raise UserError(f"{where}: dialogue_history: a list of messages is wanted")
+    messages = []
+    for turn, message in enumerate(history):
+        field = f"{where}: dialogue_history[{turn}]"
+        if not isinstance(message, dict):
+            raise UserError(f"{field}: an object is wanted, this is a {type(message).__name__}")
+        if message.get("role") not in ("user", "assistant"):
+            raise UserError(f"{field}: role: user or assistant is wanted, this is {message.get('role')!r}")
+        content = message.get("content")
+        if content is not None and not isinstance(content, str):
+            raise UserError(f"{field}: content: a text is wanted, this is a {type(content).__name__}")
+        messages.append({**message, "content": content or ""})
+    if messages[0]["role"] != "user":
+        raise UserError(f"{where}: dialogue_history[0]: role: the user's request comes first")
+    if not broke_off and all(message["role"] == "user" for message in messages):
+        raise UserError(f"{where}: dialogue_history: no assistant message")
+    return messages
+
+
+def _python(parse, text, problem):
+    """parse(text), every way in which text can be no Python turned into ValueError(problem)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # published references hold invalid escapes such as "\d"
+            return parse(text)
+    except SyntaxError as error:
+        raise ValueError(f"{problem} ({error.msg}, line {error.lineno} of it)") from None
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        raise ValueError(problem) from None

@@ -1,0 +1,525 @@
+"""The sandbox under attack: real processes, one attack a test. After each, the same scorer still scores right."""
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from colbench import sandbox
+from colbench.files import UserError
+from colbench.scorer import Scorer, share
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in sandbox.CALLS, reason="Linux only")
+
+SECRET = "kaleidoscope-7391"  # stands in the reference alone
+TASK = {"ground_truth": f"def f(x):\n    word = '{SECRET}'\n    return {{'n': [x, x * 2], 'w': word}}",
+        "test_cases": {"a": "f(1)", "b": "f(2)"}}
+RIGHT = TASK["ground_truth"]
+WRONG = "def f(x):\n    return {'n': [x, x], 'w': ''}"
+
+# Each defines f, which lies, dies or spoils.
+CHEATS = {
+    "equal to all": "class E:\n  def __eq__(s, o): return True\ndef f(x): return E()",
+    "equal to all, in the function": "def f(x):\n  class E:\n    def __eq__(s, o): return True\n  return E()",
+    "never unequal":
+        "def f(x):\n  class E:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n"
+        "    __hash__ = None\n  return E()",
+    "int that lies":
+        "def f(x):\n  class I(int):\n    def __eq__(s, o): return True\n    def __format__(s, f): return '1'\n"
+        "  return I(5)",
+    "str that lies":
+        "def f(x):\n  class S(str):\n    def __eq__(s, o): return True\n    def isascii(s): return 1\n"
+        "  return S('q')",
+    "float that lies":
+        "def f(x):\n  class F(float):\n    def __eq__(s, o): return True\n    def hex(s): return '0x1'\n"
+        "  return F(2)",
+    "list that lies":
+        "def f(x):\n  class L(list):\n    def __eq__(s, o): return True\n    def __iter__(s): return iter([1])\n"
+        "  return L([9])",
+    "dict that lies":
+        "def f(x):\n  class D(dict):\n    def __eq__(s, o): return True\n    def items(s): return [(1, 1)]\n"
+        "  return D(a=1)",
+    "dict with a lying value":
+        "def f(x):\n  class E:\n    def __eq__(s, o): return True\n  return {'n': E(), 'w': E()}",
+    "tuple that lies": "def f(x):\n  class T(tuple):\n    def __eq__(s, o): return True\n  return T((1,))",
+    "set that lies": "def f(x):\n  class T(set):\n    def __eq__(s, o): return True\n  return T((1,))",
+    "metaclass that lies":
+        "def f(x):\n  class M(type):\n    def __eq__(s, o): return True\n    __hash__ = type.__hash__\n"
+        "  return M('C', (), {})",
+    "class with a fake __class__":
+        "def f(x):\n  class C:\n    __class__ = property(lambda s: dict)\n    def __eq__(s, o): return True\n"
+        "  return C()",
+    "numpy array that lies":
+        "def f(x):\n  import numpy as np\n  class A(np.ndarray):\n    def __eq__(s, o): return True\n"
+        "  return np.zeros(1).view(A)",
+    "None": "def f(x): return None",
+    "no return": "def f(x): pass",
+    "NotImplemented": "def f(x): return NotImplemented",
+    "lambda": "def f(x): return lambda *a: True",
+    "generator": "def f(x): yield {'n': [x, x * 2]}",
+    "coroutine": "async def f(x): return 1",
+    "unittest.mock.ANY": "def f(x):\n  from unittest.mock import ANY\n  return ANY",
+    "nan": "def f(x): return float('nan')",
+    "endless cycle": "def f(x):\n  l = []\n  l.append(l)\n  return l",
+    "deep result": "def f(x):\n  l = []\n  for _ in range(100000): l = [l]\n  return l",
+    "wide result": "def f(x): return list(range(10 ** 6))",
+    "100 MB result": "def f(x): return 'a' * 10 ** 8",
+    "big integer": "def f(x): return 1 << 40_000_000",
+    "colliding hashes": "def f(x): return {k * (2 ** 61 - 1) for k in range(20000)}",
+    "os._exit": "def f(x):\n  import os\n  os._exit(0)",
+    "sys.exit": "def f(x):\n  import sys\n  sys.exit(0)",
+    "SystemExit": "def f(x): raise SystemExit(0)",
+    "KeyboardInterrupt": "def f(x): raise KeyboardInterrupt",
+    "SystemExit at the top": "raise SystemExit\ndef f(x): return 1",
+    "exception that breaks str":
+        "def f(x):\n  class E(BaseException):\n    def __str__(s): raise s\n    __repr__ = __str__\n  raise E",
+    "exception with an odd name": "def f(x): raise type('\\ud800\\n', (BaseException,), {})",
+    "exception with a lying type name":
+        "def f(x):\n  class M(type):\n    __name__ = property(lambda s: 1 / 0)\n"
+        "  class E(Exception, metaclass=M): pass\n  raise E",
+    "segfault": "def f(x):\n  import ctypes\n  ctypes.string_at(0)",
+    "abort": "def f(x):\n  import os\n  os.abort()",
+    "recursion": "def f(x): return f(x)",
+    "recursion without a limit": "def f(x):\n  import sys\n  sys.setrecursionlimit(10 ** 9)\n  def g(): g()\n  g()",
+    "C recursion": "def f(x):\n  a = []\n  for _ in range(10 ** 6): a = [a]\n  return repr(a)",
+    "nested parentheses": "def f(x): return " + "(" * 50000 + "1" + ")" * 50000,
+    "nested brackets": "def f(x): return " + "[" * 90000,
+    "nested unary": "def f(x): return " + "-" * 150000 + "1",
+    "nested attributes": "def f(x): return x" + ".a" * 90000,
+    "nested blocks": "def f(x):\n" + "".join(" " * i + "if x:\n" for i in range(1, 300)),
+    "5 MB of text": "def f(x): return 1\n" + "#" * 5_000_000,
+    "null bytes": "def f(x):\0 return 1",
+    "lone surrogates": "def f(x): return '\ud800'",
+    "memory bomb": "def f(x): return [bytearray(1 << 28) for _ in range(40)]",
+    "memory bomb at the top": "x = 'a' * (1 << 34)\ndef f(x): return 1",
+    "memory bomb by compiling":
+        "def f(x):\n  return len(compile('a=(' + '0,' * 30_000_000 + ')', '', 'exec').co_consts)",
+    "output flood":
+        "def f(x):\n  import sys\n  for _ in range(300): print('y' * 10 ** 6); sys.stderr.write('y' * 10 ** 6)\n"
+        "  return 0",
+    "shared memory through mmap": "def f(x):\n  import mmap\n  return [mmap.mmap(-1, 1 << 28) for _ in range(40)]",
+    # forging results
+    "frames on every descriptor":
+        "def f(x):\n  import os, struct\n  for fd in range(64):\n"
+        "    try: os.write(fd, struct.pack('=I', 4) + b'Vtrue' * 50)\n    except OSError: pass\n  return 1",
+    "a hundred frames, then exit":
+        "def f(x):\n  import os, struct\n  os.write(3, (struct.pack('=I', 4) + b'Vtrue') * 100)\n  os._exit(0)",
+    "a frame of 4 GB": "def f(x):\n  import os\n  os.write(3, b'\\xff\\xff\\xff\\xffV')\n  import time; time.sleep(9)",
+    "half a frame": "def f(x):\n  import os\n  os.write(3, b'\\x10\\0\\0\\0Vtr')\n  os._exit(0)",
+    "a pickle as result":
+        "def f(x):\n  import os, pickle, struct\n  class P:\n    def __reduce__(s): return eval, ('1',)\n"
+        "  b = pickle.dumps(P())\n  os.write(3, struct.pack('=I', len(b)) + b'V' + b)\n  os._exit(0)",
+    "a result that is no JSON":
+        "def f(x):\n  import os, struct\n  os.write(3, struct.pack('=I', 3) + b'V[[[')\n  os._exit(0)",
+    "JSON too deep":
+        "def f(x):\n  import os, struct\n  os.write(3, struct.pack('=I', 4000) + b'V' + b'[' * 4000)\n"
+        "  os._exit(0)",
+    "JSON with an unknown tag":
+        "def f(x):\n  import os, struct\n  b = b'[\"eval\", \"1\"]'\n"
+        "  os.write(3, struct.pack('=I', len(b)) + b'V' + b)\n  os._exit(0)",
+    "JSON with a builtin as type":
+        "def f(x):\n  import os, struct\n  b = b'[\"type\", \"exec\"]'\n"
+        "  os.write(3, struct.pack('=I', len(b)) + b'V' + b)\n  os._exit(0)",
+    "an unhashable in a set":
+        "def f(x):\n  import os, struct\n  b = b'[\"set\", [\"list\"]]'\n"
+        "  os.write(3, struct.pack('=I', len(b)) + b'V' + b)\n  os._exit(0)",
+    "a frame of no kind": "def f(x):\n  import os, struct\n  os.write(3, struct.pack('=I', 0) + b'\\0')\n  os._exit(0)",
+    "closing the socket": "def f(x):\n  import os\n  os.close(3)\n  return 1",
+    "a second ready frame": "def f(x):\n  import os, struct\n  os.write(3, struct.pack('=I', 0) + b'+')\n  return 1",
+    # poisoning what comes later
+    "patched builtins":
+        "import builtins\nfor n in ('isinstance', 'len', 'eval', 'exec', 'compile', 'next', 'getattr', 'type'):\n"
+        "  setattr(builtins, n, lambda *a, **k: True)\ndef f(x): return 1",
+    "patched json": "def f(x):\n  import json\n  json.dumps = lambda *a, **k: 'true'\n  json.loads = None\n  return 1",
+    "patched encoder":
+        "def f(x):\n  import sys\n  m = sys.modules['__main__']\n  m.encode = lambda *a: True\n"
+        "  m.KINDS.clear()\n  return 1",
+    "patched sys.modules": "def f(x):\n  import sys\n  sys.modules.clear()\n  return 1",
+    "patched meta_path": "def f(x):\n  import sys\n  sys.meta_path.clear(); sys.path.clear()\n  return 1",
+    "atexit": "def f(x):\n  import atexit\n  atexit.register(print, 'x')\n  return 1",
+    "__del__": "def f(x):\n  class D:\n    def __del__(s): raise SystemExit\n  D()\n  return 1",
+    "trace function":
+        "def f(x):\n  import sys\n  sys.settrace(lambda *a: 1 / 0)\n  sys.setprofile(lambda *a: 1 / 0)\n"
+        "  return 1",
+    "audit hook": "def f(x):\n  import sys\n  sys.addaudithook(lambda *a: 1 / 0)\n  return 1",
+    "deleted signal handlers":
+        "def f(x):\n  import signal\n  for s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except Exception: pass\n  return 1",
+}
+ESCAPES = {  # expressions that raise when they are stopped; <names> come from the fixture `bait`
+    "read the canary": "open('<file>').read()",
+    "read the canary through os.open": "os.read(os.open('<file>', os.O_RDONLY), 1)",
+    "read the canary through a memory map": "mmap.mmap(os.open('<file>', 0), 0)",
+    "read the canary through sqlite":
+        "sqlite3.connect('<file>').execute('select 1 from sqlite_master').fetchall() or 1",
+    "read the task files": "open('<root>/colbench/tasks.py').read()",
+    "read the shadow file": "open('/etc/shadow').read()",
+    "read the passwords": "open('/etc/passwd').read()",
+    "read the home": "os.listdir(os.path.expanduser('~root'))",
+    "list the top folder": "os.listdir('/')",
+    "read own memory": "open('/proc/self/mem', 'rb')",
+    "read own maps": "open('/proc/self/maps').read()",
+    "read the zygote's memory": "open(f'/proc/{os.getppid()}/mem', 'rb')",
+    "read the zygote's environment": "open(f'/proc/{os.getppid()}/environ', 'rb').read()",
+    "read the scorer's memory": "open('/proc/<pid>/mem', 'rb')",
+    "read the scorer's environment": "open('/proc/<pid>/environ', 'rb').read()",
+    "list the scorer's descriptors": "os.listdir('/proc/<pid>/fd')",
+    "process_vm_readv": "ctypes.CDLL(None).syscall(310, <pid>, None, 0, None, 0, 0) >= 0 or 1 / 0",
+    "ptrace": "ctypes.CDLL(None).syscall(101, 16, <pid>, 0, 0) >= 0 or 1 / 0",
+    "pidfd_getfd": "ctypes.CDLL(None).syscall(434, <pid>, 0) >= 0 or 1 / 0",
+    "overwrite the canary": "open('<file>', 'w')",
+    "append to the canary": "open('<file>', 'a').write('x')",
+    "truncate the canary": "os.truncate('<file>', 0)",
+    "delete the canary": "os.unlink('<file>')",
+    "rename the canary": "os.rename('<file>', '<file>2')",
+    "link the canary": "os.link('<file>', '<file>2')",
+    "symbolic link": "os.symlink('/', '<file>2')",
+    "chmod": "os.chmod('<file>', 0o777)",
+    "chown": "os.chown('<file>', 1, 1)",
+    "touch": "os.utime('<file>')",
+    "new folder": "os.mkdir('<file>2')",
+    "new fifo": "os.mkfifo('<file>2')",
+    "temporary file": "tempfile.TemporaryFile()",
+    "memfd": "os.memfd_create('x')",
+    "extended attribute": "os.setxattr('<file>', 'user.x', b'1')",
+    "change folder": "os.chdir('/tmp')",
+    "chroot": "os.chroot('/')",
+    "TCP": "socket.create_connection(('127.0.0.1', <port>), 1)",
+    "TCP by raw system call": "ctypes.CDLL(None).socket(2, 1, 0) >= 0 or 1 / 0",
+    "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', <udp>))",
+    "listening": "socket.create_server(('127.0.0.1', 0))",
+    "Unix socket": "socket.socket(socket.AF_UNIX).connect('<file>.sock')",
+    "datagram pair with an address":
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', '<file>.sock')",
+    "netlink": "socket.socket(16, 3, 0)",
+    "URL": "urllib.request.urlopen('http://127.0.0.1:<port>/', timeout=1)",
+    "fork": "os.fork() or os._exit(0)",
+    "vfork by raw system call": "ctypes.CDLL(None).syscall(58) >= 0 or 1 / 0",
+    "clone by raw system call": "ctypes.CDLL(None).syscall(56, 17, 0, 0, 0, 0) >= 0 or 1 / 0",
+    "clone3 by raw system call": "ctypes.CDLL(None).syscall(435, bytes([0] * 88), 88) >= 0 or 1 / 0",
+    "subprocess": "subprocess.run(['/bin/sh', '-c', 'touch <file>2'], check=True)",
+    "os.system": "os.system('exit 0') == 0 or 1 / 0",
+    "posix_spawn": "os.posix_spawn('/bin/sh', ['sh', '-c', 'exit 0'], {})",
+    "exec": "os.execv('/bin/sh', ['sh', '-c', 'exit 0'])",
+    "multiprocessing": "multiprocessing.Process(target=print).start()",
+    "kill the scorer": "os.kill(<pid>, 0)",
+    "kill the zygote": "os.kill(os.getppid(), 9)",
+    "kill everything": "os.kill(-1, 9)",
+    "kill own group": "os.killpg(0, 9)",
+    "kill the canary process": "os.kill(<canary>, 9)",
+    "queue a signal": "ctypes.CDLL(None).sigqueue(<canary>, 9, 0) == 0 or 1 / 0",
+    "pidfd signal": "signal.pidfd_send_signal(os.pidfd_open(<canary>), 9)",
+    "descriptor owner": "fcntl.fcntl(3, 8, <canary>)",
+    "descriptor signal": "fcntl.fcntl(3, 10, 9)",
+    "descriptor owner by ioctl": "fcntl.ioctl(3, 0x8901, (<canary>).to_bytes(4, 'little'))",
+    "setuid": "os.setuid(0)",
+    "raise a limit": "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))",
+    "limit of the scorer": "resource.prlimit(<pid>, resource.RLIMIT_CPU, (1, 1))",
+    "priority of the scorer": "os.setpriority(os.PRIO_PROCESS, <pid>, 19)",
+    "processors of the scorer": "os.sched_setaffinity(<pid>, {0})",
+    "surviving the parent": "ctypes.CDLL(None).prctl(1, 0) == 0 or 1 / 0",
+    "new namespace": "ctypes.CDLL(None).unshare(0x10000000) == 0 or 1 / 0",
+    "io_uring": "ctypes.CDLL(None).syscall(425, 1, bytes(120)) >= 0 or 1 / 0",
+    "bpf": "ctypes.CDLL(None).syscall(321, 0, bytes(120), 120) >= 0 or 1 / 0",
+    "keyring": "ctypes.CDLL(None).syscall(250, 0, -3, 0, 0, 0) >= 0 or 1 / 0",
+    "userfaultfd": "ctypes.CDLL(None).syscall(323, 0) >= 0 or 1 / 0",
+    "32-bit system calls": "ctypes.CDLL(None).syscall(0x40000000 | 39) >= 0 or 1 / 0",
+    "3 GB": "bytearray(3 << 30)",
+    "500 threads": "[threading.Thread(target=time.sleep, args=(9,), daemon=True).start() for _ in range(500)]",
+    "10000 descriptors": "[os.dup(0) for _ in range(10000)]",
+    "the reference among all objects":
+        "[o for o in gc.get_objects() if isinstance(o, (dict, list, tuple)) and '1937-epocs' in str(o)[::-1]][0]",
+    "the reference in the frames":
+        "[v for fr in FRAMES for v in fr.f_locals.values() if '1937-epocs' in str(v)[::-1]][0]",
+    "the reference in the modules": "[m for m in list(sys.modules.values()) if '1937-epocs' in str(vars(m))[::-1]][0]",
+    "the reference in the arguments": "[a for a in sys.argv + sys.orig_argv if '1937-epocs' in a[::-1]][0]",
+    "an environment variable": "os.environ['HOME']",
+    "typing on the terminal": "open('/dev/tty', 'w')",
+}
+IMPORTS = "import ctypes, fcntl, gc, mmap, multiprocessing, os, resource, signal, socket, sqlite3, " \
+          "struct, subprocess, sys, tempfile, threading, time, urllib.request"
+HANGS = {
+    "loop": "def f(x):\n  while True: pass",
+    "loop at the top": "while True: pass\ndef f(x): pass",
+    "loop that catches all":
+        "def f(x):\n  while True:\n    try:\n      while True: pass\n    except BaseException: pass",
+    "power in C": "def f(x): return (x + 8) ** 9 ** 9 ** 9",
+    "power in the compiler": "def f(x): return 9 ** 9 ** 9",
+    "regular expression": "import re\ndef f(x):\n  import re\n  return re.match('(a+)+$', 'a' * 40 + 'b')",
+    "sleep": "def f(x):\n  import time\n  time.sleep(60)",
+    "deadlock": "def f(x):\n  import threading\n  l = threading.Lock()\n  l.acquire()\n  l.acquire()",
+    "alarms off":
+        "def f(x):\n  import signal\n  signal.alarm(0)\n  signal.signal(14, signal.SIG_IGN)\n  while True: pass",
+    "endless frames": "def f(x):\n  import os, struct\n  while True: os.write(3, struct.pack('=I', 3) + b'V123')",
+    "never read": "def f(x):\n  import os\n  os.write(3, b'\\0')\n  while True: pass",
+    "endless iterator": "def f(x):\n  import itertools\n  return sum(1 for _ in itertools.count())",
+    "endless __del__": "def f(x):\n  class D:\n    def __del__(s):\n      while True: pass\n  D()",
+    "threads that stay":
+        "def f(x):\n  import threading\n  def loop():\n    while True: pass\n"
+        "  [threading.Thread(target=loop).start() for _ in range(20)]\n  loop()",
+    "input from the terminal": "def f(x):\n  import os\n  return os.read(3, 1)",
+}
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    with Scorer(workers=1) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def bait(tmp_path_factory):
+    """A file, a socket file, a listener, a UDP port and a process to attack."""
+    folder = Path(tempfile.mkdtemp())  # not below pytest's folder, which another user may not enter
+    folder.chmod(0o777)
+    (folder / "canary").write_text("canary")
+    (folder / "canary").chmod(0o666)
+    unix = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    unix.bind(str(folder / "canary.sock"))
+    tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind(("127.0.0.1", 0))
+    for each in (unix, tcp, udp):
+        each.setblocking(False)
+    process = subprocess.Popen(["sleep", "600"])
+    yield {"folder": folder, "file": str(folder / "canary"), "pid": os.getpid(), "canary": process.pid,
+           "root": str(ROOT), "port": tcp.getsockname()[1], "udp": udp.getsockname()[1], "tcp": tcp,
+           "quiet": [unix, udp], "process": process}
+    process.kill()
+    process.wait()
+    shutil.rmtree(folder)
+
+
+def escape_code(expression, bait):
+    filled = re.sub(r"<(\w+)>", lambda m: str(bait[m[1]]), expression)
+    filled = filled.replace("FRAMES", "[sys._getframe(i) for i in range(4)]")
+    return f"def f(x):\n    {IMPORTS}\n    value = {filled}\n    return True"
+
+
+def assert_unharmed(bait):
+    assert sorted(os.listdir(bait["folder"])) == ["canary", "canary.sock"]
+    assert Path(bait["file"]).read_text() == "canary" and os.stat(bait["file"]).st_mode & 0o777 == 0o666
+    assert bait["process"].poll() is None
+    for listener in bait["quiet"]:
+        with pytest.raises(BlockingIOError):
+            listener.recv(1)
+    with pytest.raises(BlockingIOError):
+        bait["tcp"].accept()
+
+
+def assert_still_scores(scorer):
+    assert share(scorer.score(TASK, RIGHT)) == 1.0
+    assert share(scorer.score(TASK, WRONG)) == 0.0
+    assert share(scorer.score(TASK, RIGHT), "official") == 1.0
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheat_scores_nothing(scorer, name):
+    result = scorer.score(TASK, CHEATS[name])
+    assert result["fixed"]["passed"] == result["official"]["passed"] == 0, result
+    assert_still_scores(scorer)
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_escape_fails(scorer, bait, name):
+    code = escape_code(ESCAPES[name], bait)
+    outcomes = scorer.zygotes[1].run({"fixed": code, "official": code}, ["f(1)"], 3.0)
+    for mode in outcomes:
+        assert outcomes[mode][0][0] in ("raised", "died"), outcomes
+        assert outcomes[mode][0][1] not in (b"NameError", b"SyntaxError", b"ModuleNotFoundError")  # a bad attack
+    assert_unharmed(bait)
+    assert_still_scores(scorer)
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_hang_ends(scorer, name):
+    start = time.monotonic()
+    outcomes = scorer.zygotes[1].run({"fixed": HANGS[name]}, ["f(1)", "1"], 0.3)["fixed"]
+    assert time.monotonic() - start < (sandbox.PREPARE_S + 2 if "compiler" in name else 3)
+    assert outcomes[0][0] in ("timed out", "died", "raised", "value") and outcomes[0] != ("value", b"true")
+    if name in ("loop", "sleep", "deadlock", "power in C", "regular expression"):
+        assert outcomes == [("timed out", b""), ("value", b"1")]  # the next call goes on
+    assert_still_scores(scorer)
+
+
+@pytest.mark.parametrize("name", ["read the canary", "read the task files", "list the top folder", "temporary file",
+                                  "list the scorer's descriptors", "kill the scorer", "descriptor flags"])
+def test_the_same_attempt_succeeds_outside(bait, name):
+    """So that a failure inside means something."""
+    names = {}
+    exec(escape_code({**ESCAPES, "descriptor flags": "fcntl.fcntl(1, 3)"}[name], bait), names)
+    assert names["f"](1) is True
+
+
+def test_calls_judged_alone(scorer):
+    task = {"ground_truth": "def f(x, acc=[]):\n    acc.append(x)\n    return list(acc)",
+            "test_cases": {"a": "f(1)", "b": "f(2)", "c": "f(3)"}}
+    code = "import os\nseen = []\ndef f(x):\n    seen.append(x)\n    if x == 2: os._exit(1)\n    return seen"
+    assert scorer.score(task, code)["fixed"]["calls"] == ["passed", "died", "passed"]
+
+
+def test_forged_frames_do_not_reach_the_next_answer(scorer):
+    task = {"ground_truth": "def f(x): return True", "test_cases": {"a": "f(1)", "b": "f(2)"}}
+    forge = "def f(x):\n  import os, struct\n  os.write(3, (struct.pack('=I', 4) + b'Vtrue') * 1000)\n  os._exit(0)"
+    scorer.score(task, forge)
+    assert share(scorer.score(task, "def f(x): return False")) == 0.0
+
+
+def test_children_share_no_secret(scorer):
+    """An answer right after the reference ran finds no trace of the reference's text in its own memory."""
+    code = ("def f(x):\n  import gc\n"
+            "  return sum('1937-epocs' in str(o)[::-1] for o in gc.get_objects() if type(o) in (tuple, list, dict))")
+    scorer.references.clear()
+    scorer.score(TASK, RIGHT)
+    assert scorer.zygotes[1].run({"fixed": code}, ["f(1)"], 2.0)["fixed"] == [("value", b"0")]
+
+
+def test_no_descriptor_leaks_into_a_child():
+    """Even where the scorer has hundreds open, so that the zygote's own socket has a high number."""
+    files = [open(__file__) for _ in range(300)]
+    zygote = sandbox.Zygote()
+    code = "def f(n):\n  import os\n  found = []\n  for fd in range(n):\n    try:\n      os.fstat(fd)\n" \
+           "      found.append(fd)\n    except OSError:\n      pass\n  return found"
+    assert zygote.run({"fixed": code}, ["f(2000)"], 3.0)["fixed"] == [("value", b'["list", 0, 1, 2, 3]')]
+    zygote.close()
+    assert len(files) == 300
+
+
+def test_killed_zygotes_come_back(scorer):
+    for zygote in scorer.zygotes:
+        os.kill(zygote.process.pid, signal.SIGKILL)
+    scorer.references.clear()
+    assert_still_scores(scorer)
+
+
+def test_zygote_killed_in_mid_answer(scorer):
+    before = scorer.zygotes[1].process.pid
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {before}"])
+    outcomes = scorer.zygotes[1].run({"fixed": "import time\ndef f(x):\n    time.sleep(0.4)\n    return x"},
+                                     ["f(1)", "f(2)", "f(3)"], 2.0)["fixed"]
+    killer.wait()
+    assert outcomes == [("value", b"1"), ("value", b"2"), ("value", b"3")]
+    assert scorer.zygotes[1].process.pid != before
+
+
+def test_stopped_zygote_does_not_hang_the_scorer(scorer, monkeypatch):
+    monkeypatch.setattr(sandbox, "PREPARE_S", 0.5)
+    zygote = scorer.zygotes[1]
+    monkeypatch.setattr(zygote, "says", lambda expected, seconds, says=zygote.says: says(expected, min(seconds, 5.0)))
+    os.kill(zygote.process.pid, signal.SIGSTOP)
+    start = time.monotonic()
+    outcomes = zygote.run({"fixed": "def f(x): return 1"}, ["f(1)"], 0.5)
+    assert time.monotonic() - start < 10 and outcomes["fixed"][0][0] == "timed out"
+    assert_still_scores(scorer)
+
+
+def run_python(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs)
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_nothing_outlives_a_killed_scorer():
+    code = """if True:
+        import threading, time
+        from colbench.scorer import Scorer
+        scorer = Scorer(workers=1)
+        task = {"ground_truth": "def f(x): return 1", "test_cases": {str(i): "f(1)" for i in range(50)}}
+        threading.Thread(target=scorer.score, args=(task, "while True: pass\\ndef f(x): pass"), daemon=True).start()
+        time.sleep(0.5)
+        print(*[zygote.process.pid for zygote in scorer.zygotes], flush=True)
+        time.sleep(60)"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    children = [int(p) for pid in pids for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+    assert len(pids) == 2 and len(children) == 1 and all(map(alive, pids + children))
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while any(map(alive, pids + children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, pids + children))
+
+
+def filtered(numbers, code):
+    """Run code in a Python that is denied some system calls (ENOSYS), as by an old kernel or a container."""
+    lines = [(0x20, 0, 0, 0)] + [line for n in numbers for line in ((0x15, 0, 1, n), (0x06, 0, 0, 0x50026))]
+    program = b"".join(struct.pack("HBBI", *line) for line in lines + [(0x06, 0, 0, 0x7FFF0000)])
+    deny = f"from colbench import sandbox\nsandbox.LIBC.prctl(38, 1, 0, 0, 0)\nassert sandbox.seccomp({program!r})\n"
+    return run_python(deny + code)
+
+
+LANDLOCK, SECCOMP = (444, 445, 446), {"x86_64": 317, "aarch64": 277}.get(platform.machine())
+REPORT = """
+from colbench.scorer import Scorer, share
+task = {"ground_truth": "def f(x): return x + 1", "test_cases": {"a": "f(1)", "b": "f(2)"}}
+with Scorer(workers=1%s) as scorer:
+    print(scorer.tier, *[share(scorer.score(task, f"def f(x): return x + {k}")) for k in (1, 0)])
+    print([scorer.zygotes[1].run({"fixed": code}, ["f(1)"], 3.0)["fixed"][0][0] for code in %r])
+"""
+
+
+def test_without_landlock_the_rest_holds(bait):
+    codes = [escape_code(ESCAPES[name], bait) for name in ESCAPES]
+    done = filtered(LANDLOCK, REPORT % ("", codes))
+    assert done.stdout.startswith("seccomp-only 1.0 0.0\n"), done.stdout + done.stderr
+    assert set(eval(done.stdout.split("\n")[1])) <= {"raised", "died"}
+    assert "sandbox: seccomp-only" in done.stderr
+    assert_unharmed(bait)
+
+
+def test_without_seccomp_it_refuses():
+    done = filtered([SECCOMP], REPORT % ("", []))
+    assert done.returncode != 0 and "UserError: the sandbox is not safe here" in done.stderr.strip().split("\n")[-1]
+    done = filtered([SECCOMP], REPORT % (", allow_weak=True", []))
+    assert done.stdout.startswith("weak 1.0 0.0\n") and "sandbox: weak" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="root and setpriv make another user here")
+def test_as_an_ordinary_user(bait):
+    """The same layers without any privilege."""
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        shutil.copytree(ROOT / "colbench", folder / "colbench", ignore=shutil.ignore_patterns("__pycache__"))
+        pythons = [sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"]
+        check = "import os, sys; sys.exit(sys.version_info < (3, 10) or not os.access(sys.executable, os.X_OK))"
+        usable = [p for p in pythons if subprocess.run([*user, p, "-c", check], capture_output=True).returncode == 0]
+        if not usable:
+            pytest.skip("no interpreter that user 65534 may run")
+        names = [name for name in ESCAPES if name not in ("500 threads",)]  # a limit that counts the whole user
+        codes = [escape_code(ESCAPES[name].replace("<pid>", str(bait["canary"])), bait) for name in names]
+        done = subprocess.run([*user, usable[0], "-B", "-c", REPORT % ("", codes)], cwd=folder, capture_output=True,
+                              text=True, env={"PATH": os.environ["PATH"]}, timeout=60)
+        assert done.stdout.startswith("strict 1.0 0.0\n"), done.stdout + done.stderr
+        outcomes = eval(done.stdout.split("\n")[1])
+        assert [n for n, outcome in zip(names, outcomes) if outcome not in ("raised", "died")] == []
+        assert_unharmed(bait)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("value", [
+    None, True, False, 0, -1, 2**53, -2**70, 10**4000, 0.1, -0.0, float("inf"), "", "plain", "é\0\n", "\ud800",
+    "\ud83d\ude00", b"\xff", [], [1, [2, ["x"]]], (), (1, (2,)), {}, {"a": {1: (2.5, None)}, (1, 2): []}, set(),
+    {1, "a"}, frozenset({1}), range(1, 9, 2), 1 + 2j], ids=lambda value: ascii(value)[:20])
+def test_data_comes_back_the_same(value):
+    back = sandbox.decode(json.loads(json.dumps(sandbox.encode(value))), None)
+    assert back == value and type(back) is type(value)
+    assert repr(back) == repr(value) or isinstance(value, (set, frozenset))

@@ -1,0 +1,447 @@
+"""Verdicts: hand-written ones for the fixed mode, a plain Python process that does what the released evaluator does for
+the official mode."""
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from colbench.scorer import Scorer, share, success
+
+DOUBLE = {"ground_truth": "def f(x):\n    return x * 2", "test_cases": {"a": "f(1)", "b": "f(-3)", "c": "f(2.5)"}}
+GOOD = "def f(x):\n    return x * 2"
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    with Scorer(workers=2) as it:
+        yield it
+
+
+def task(reference, *calls):
+    return {"ground_truth": reference, "test_cases": {f"test{i}": call for i, call in enumerate(calls)}}
+
+
+# ---- fixed mode: where the code stands in the answer -----------------------------------------------------------------
+TICKS = "`" * 3
+WRAPPINGS = {
+    "bare": GOOD,
+    "fence": f"{TICKS}python\n{GOOD}\n{TICKS}",
+    "marker and fence": f"I WANT TO ANSWER:\n{TICKS}python\n{GOOD}\n{TICKS}",
+    "marker on the fence's line": f"I WANT TO ANSWER: {TICKS}python\n{GOOD}\n{TICKS}",
+    "marker on the code's line": f"I WANT TO ANSWER: {GOOD}",
+    "prose before the marker": f"Thank you, that is clear.\n\nI WANT TO ANSWER:\n{GOOD}",
+    "marker at the end": f"{GOOD}\nI WANT TO ANSWER:",
+    "capital Python": f"{TICKS}Python\n{GOOD}\n{TICKS}",
+    "py": f"{TICKS}py\n{GOOD}\n{TICKS}",
+    "python3": f"{TICKS}python3\n{GOOD}\n{TICKS}",
+    "fence without a language": f"Here:\n{TICKS}\n{GOOD}\n{TICKS}\nDone.",
+    "tildes": f"~~~python\n{GOOD}\n~~~",
+    "four ticks": f"`{TICKS}python\n{GOOD}\n`{TICKS}",
+    "fence never closed": f"Here:\n{TICKS}python\n{GOOD}",
+    "fence closed on the code's line": f"{TICKS}python\n{GOOD}{TICKS} That is all.",
+    "all on one line": f"{TICKS}def f(x): return x * 2{TICKS}",
+    "indented fence": "1. This:\n   " + f"{TICKS}python\n{GOOD}\n{TICKS}".replace("\n", "\n   "),
+    "CRLF": f"Here:\r\n{TICKS}python\r\n" + GOOD.replace("\n", "\r\n") + f"\r\n{TICKS}\r\n",
+    "old Mac line ends": GOOD.replace("\n", "\r"),
+    "byte order mark": "\ufeff" + GOOD,
+    "byte order mark in the fence": f"{TICKS}python\n\ufeff{GOOD}\n{TICKS}",
+    "tabs": "def f(x):\n\tif x:\n\t\treturn x * 2\n\treturn 0",
+    "indented as a whole": "    def f(x):\n        return x * 2",
+    "prose without a fence": f"Here is the function.\n\n{GOOD}\n\nIt doubles its argument, doesn't it?",
+    "prose with quotes": f'I\'d say "this":\n{GOOD}\nfrom here on it\'s yours.',
+    "helper in an earlier fence":
+        f"{TICKS}python\ndef two():\n    return 2\n{TICKS}\nand\n{TICKS}python\ndef f(x):\n    return x * two()\n"
+        f"{TICKS}",
+    "imports in an earlier fence":
+        f"{TICKS}\nimport math\n{TICKS}\n{TICKS}\ndef f(x):\n    return x * math.floor(2.5)\n{TICKS}",
+    "a draft first":
+        f"{TICKS}python\ndef f(x):\n    return x\n{TICKS}\nOn second thought:\n{TICKS}python\n{GOOD}\n{TICKS}",
+    "an example that fails after": f"{TICKS}python\n{GOOD}\n{TICKS}\nUse:\n{TICKS}python\nprint(f(undefined))\n{TICKS}",
+    "shell and output fences":
+        f"{TICKS}bash\npip install x\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}\n{TICKS}\n2\n4\n{TICKS}",
+    "JSON fence first": f'{TICKS}json\n{{"f": 1}}\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}',
+    "fence inside a docstring":
+        f'{TICKS}python\ndef f(x):\n    """Use:\n    >>> f(1)  # {TICKS}x{TICKS}\n    """\n    return x * 2\n{TICKS}',
+    "prose inside the fence's line": f"The code {TICKS}python\n{GOOD}\n{TICKS} is above.",
+}
+
+
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_code_is_found(scorer, name):
+    assert scorer.score(DOUBLE, WRAPPINGS[name])["fixed"]["calls"] == ["passed"] * 3
+
+
+# ---- fixed mode: ways to write it ------------------------------------------------------------------------------------
+LEGITIMATE = {
+    "helper": "def g(x):\n    return x + x\ndef f(x):\n    return g(x)",
+    "helper below": "def f(x):\n    return g(x)\ndef g(x):\n    return x + x",
+    "import": "import math\ndef f(x):\n    return math.ldexp(x, 1)",
+    "from import": "from operator import mul\ndef f(x):\n    return mul(x, 2)",
+    "star import": "from operator import *\ndef f(x):\n    return mul(x, 2)",
+    "import os and sys": "import os, sys\ndef f(x):\n    return x * 2 if os.sep and sys.path is not None else None",
+    "module that is missing, unused": "try:\n    import no_such_module\nexcept ImportError:\n    pass\n" + GOOD,
+    "late stdlib import": "def f(x):\n    import xml.dom.minidom, colorsys, sched\n    return x * 2",
+    "constant": "TWO = 2\ndef f(x):\n    return x * TWO",
+    "global": "count = 0\ndef f(x):\n    global count\n    count += 2\n    return x * count",
+    "recursion": "def f(x, n=2):\n    return 0 if n == 0 else x + f(x, n - 1)",
+    "lambda": "f = lambda x: x * 2",
+    "class": "class Doubler:\n    def __call__(self, x):\n        return x * 2\nf = Doubler()",
+    "classes that inherit":
+        "class A:\n    k = 2\nclass B(A):\n    def run(self, x):\n        return super().k * x\ndef f(x):\n"
+        "    return B().run(x)",
+    "decorator":
+        "import functools\ndef d(g):\n    @functools.wraps(g)\n    def h(*a):\n        return g(*a) * 2\n"
+        "    return h\n@d\ndef f(x):\n    return x",
+    "lru_cache": "from functools import lru_cache\n@lru_cache(None)\ndef f(x):\n    return x * 2",
+    "dataclass":
+        "from dataclasses import dataclass, field\n@dataclass\nclass P:\n    x: float\n"
+        "    k: list = field(default_factory=lambda: [2])\ndef f(x):\n    return P(x).x * P(x).k[0]",
+    "dataclass with slots and future":
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass(slots=True)\n"
+        "class P:\n    x: float\ndef f(x: float) -> float:\n    return P(x).x * 2",
+    "typing":
+        "from typing import List, Optional, Union, TypeVar\nT = TypeVar('T')\n"
+        "def f(x: Union[int, float], y: Optional[List[T]] = None) -> float:\n    return x * 2",
+    "NamedTuple": "from typing import NamedTuple\nclass P(NamedTuple):\n    x: float\ndef f(x):\n    return P(x).x * 2",
+    "enum": "from enum import Enum\nclass K(Enum):\n    TWO = 2\ndef f(x):\n    return x * K.TWO.value",
+    "IntEnum result":
+        "from enum import IntEnum\ndef f(x):\n    if x == 1:\n        return IntEnum('K', {'A': 2}).A\n"
+        "    return x * 2",
+    "asyncio":
+        "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return x * 2\ndef f(x):\n"
+        "    return asyncio.run(g(x))",
+    "asyncio and a thread":
+        "import asyncio\ndef f(x):\n    async def g():\n        return await asyncio.to_thread(lambda: x * 2)\n"
+        "    return asyncio.run(g())",
+    "threads":
+        "from concurrent.futures import ThreadPoolExecutor\ndef f(x):\n    with ThreadPoolExecutor(4) as pool:\n"
+        "        return sum(pool.map(lambda _: x, range(2)))",
+    "generator inside": "def f(x):\n    def g():\n        yield x\n        yield x\n    return sum(g())",
+    "comprehensions": "k = [1, 1]\ndef f(x):\n    return sum(x for _ in k)",
+    "comprehension at the top": "xs = [1, 1]\nys = [x + len(xs) - 1 for x in xs]\ndef f(x):\n    return x * ys[0]",
+    "match":
+        "def f(x):\n    match x:\n        case 0:\n            return 0\n        case _:\n"
+        "            return x * 2",
+    "walrus": "def f(x):\n    if (y := x * 2) or True:\n        return y",
+    "numpy": "import numpy as np\ndef f(x):\n    return np.multiply(x, 2)",
+    "numpy result": "import numpy as np\ndef f(x):\n    return np.float64(x * 2)",
+    "Decimal": "from decimal import Decimal\ndef f(x):\n    return Decimal(x) * 2",
+    "Fraction": "from fractions import Fraction\ndef f(x):\n    return Fraction(x) * 2",
+    "prints": "print('start')\ndef f(x):\n    print('x', x, flush=True)\n    return x * 2",
+    "main with input": GOOD + "\nif __name__ == '__main__':\n    print(f(float(input('x? '))))",
+    "input at the top": GOOD + "\nx = float(input('x? '))\nprint(f(x))",
+    "tests below": GOOD + "\nassert f(1) == 2\nprint('ok')",
+    "test below that fails": GOOD + "\nassert f(1) == 3, 'oh'",
+    "exit below": GOOD + "\nimport sys\nsys.exit(0)",
+    "unittest below": GOOD + "\nimport unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+                      "        self.assertEqual(f(1), 2)\nif __name__ == '__main__':\n    unittest.main()",
+    "doctest": "def f(x):\n    '''\n    >>> f(1)\n    2\n    '''\n    return x * 2\nimport doctest\ndoctest.testmod()",
+    "logging":
+        "import logging\nlogging.basicConfig(level=logging.INFO)\nlog = logging.getLogger(__name__)\ndef f(x):\n"
+        "    log.info('%s', x)\n    return x * 2",
+    "warnings": "import warnings\ndef f(x):\n    warnings.warn('careful')\n    return x * 2",
+    "argparse unused": "import argparse\n" + GOOD,
+    "pickle and copy of own class":
+        "import copy, pickle\nclass P:\n    def __init__(self, x):\n        self.x = x\ndef f(x):\n"
+        "    return pickle.loads(pickle.dumps(copy.deepcopy(P(x)))).x * 2",
+    "inspect and frames": "import inspect\ndef f(x):\n    return x * len(inspect.signature(lambda a, b: 0).parameters)",
+    "recursion limit":
+        "import sys\nsys.setrecursionlimit(5000)\ndef g(n):\n    return 0 if n == 0 else 1 + g(n - 1)\n"
+        "def f(x):\n    return x * 2 if g(3000) == 3000 else None",
+    "eval and exec": "def f(x):\n    names = {}\n    exec('k = 2', names)\n    return eval('x * k', {'x': x, **names})",
+    "unicode names": "π = 2\ndef f(x):\n    return x * π",
+    "semicolons and one-liners": "import math; k = 2\ndef f(x): y = x * k; return y",
+    "default that changes": "def f(x, seen=[]):\n    seen.append(x)\n    return 2 * x if len(seen) == 1 else None",
+    "redefined": "def f(x):\n    return 0\ndef f(x):\n    return x * 2",
+    "keyword-only and star": "def f(*args, **kwargs):\n    return args[0] * 2",
+    "context manager":
+        "from contextlib import contextmanager\n@contextmanager\ndef c():\n    yield 2\ndef f(x):\n"
+        "    with c() as k:\n        return x * k",
+    "time zone data":
+        "from zoneinfo import ZoneInfo\nfrom datetime import datetime\ndef f(x):\n"
+        "    datetime(2024, 1, 1, tzinfo=ZoneInfo('UTC'))\n    datetime.strptime('2024', '%Y')\n    return x * 2",
+    "subclass of list with a property":
+        "class L(list):\n    @property\n    def double(self):\n        return self[0] * 2\ndef f(x):\n"
+        "    return L([x]).double",
+}
+
+
+@pytest.mark.parametrize("name", LEGITIMATE)
+def test_legitimate_answer_passes(scorer, name):
+    assert scorer.score(DOUBLE, LEGITIMATE[name])["fixed"]["calls"] == ["passed"] * 3
+
+
+# ---- fixed mode: results ---------------------------------------------------------------------------------------------
+EQUAL = [  # (reference, answer, verdict), both expressions for the body of f()
+    ("1", "True", "passed"), ("1", "1.0", "passed"), ("0.0", "-0.0", "passed"), ("'a'", "b'a'", "wrong"),
+    ("(1, 2)", "[1, 2]", "wrong"), ("[1, 2]", "(1, 2)", "wrong"), ("{1, 2}", "frozenset({2, 1})", "passed"),
+    ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}", "passed"), ("[]", "[]", "passed"), ("0", "None", "wrong"),
+    ("None", "None", "no reference value"), ("1 / 0", "1", "no reference value"),
+    ("(i for i in [])", "1", "no reference value"),
+    ("__import__('no_such')", "1", "no reference value"), ("lambda: 1", "1", "no reference value"),
+    ("1", "1 / 0", "raised"), ("1", "lambda: 1", "refused"), ("1", "__import__('os')._exit(0)", "died"),
+    ("float('nan')", "float('nan')", "wrong"), ("[float('nan')]", "[float('nan')]", "wrong"),
+    ("float('inf')", "10.0 ** 400 if 0 else float('inf')", "passed"), ("2 ** 200", "2 ** 200", "passed"),
+    ("2 ** 53 + 1", "float(2 ** 53)", "wrong"), ("'\\ud83d\\ude00'", "'\\U0001f600'", "wrong"),
+    ("'é'", "'e\\u0301'", "wrong"),
+    ("__import__('collections').Counter('aab')", "{'a': 2, 'b': 1}", "passed"),
+    ("__import__('collections').OrderedDict(a=1, b=2)", "__import__('collections').OrderedDict(b=2, a=1)", "passed"),
+    ("__import__('collections').defaultdict(list, a=[1])", "{'a': [1]}", "passed"),
+    ("__import__('collections').deque([1])", "__import__('collections').deque([1], maxlen=3)", "passed"),
+    ("__import__('collections').deque([1])", "[1]", "wrong"), ("range(3)", "range(0, 3)", "passed"),
+    ("{1: 2}.keys()", "{1: 3}.keys()", "passed"), ("{1: 2}.items()", "{(1, 2)}", "passed"), ("int", "int", "passed"),
+    ("int", "'int'", "wrong"), ("[int, str]", "[int, str]", "passed"), ("1 + 2j", "complex(1, 2)", "passed"),
+    ("bytearray(b'a')", "b'a'", "passed"), ("__import__('decimal').Decimal('1.0')", "1", "passed"),
+    ("__import__('decimal').Decimal('0.1')", "0.1", "wrong"),
+    ("__import__('fractions').Fraction(1, 2)", "0.5", "passed"),
+    ("__import__('datetime').date(2024, 1, 2)", "__import__('datetime').date(2024, 1, 2)", "passed"),
+    ("__import__('datetime').datetime(2024, 1, 2)", "__import__('datetime').date(2024, 1, 2)", "wrong"),
+    ("__import__('datetime').datetime(2024, 1, 2, 3, tzinfo=__import__('datetime').timezone.utc)",
+     "__import__('datetime').datetime(2024, 1, 2, 5, tzinfo=__import__('datetime').timezone("
+     "__import__('datetime').timedelta(hours=2)))", "passed"),
+    ("__import__('datetime').time(1, 2)", "__import__('datetime').time(1, 2)", "passed"),
+    ("__import__('datetime').timedelta(days=1)", "__import__('datetime').timedelta(hours=24)", "passed"),
+    ("set('ab')", "set('ba')", "passed"), ("list(set('abcdefg'))", "list(set('abcdefg'))", "passed"),  # one hash seed
+    ("__import__('random').random()", "__import__('random').random()", "passed"),  # one seed for random numbers
+    ("__import__('numpy').random.rand()", "__import__('numpy').random.rand()", "passed"),
+    ("__import__('numpy').array([1, 2])", "__import__('numpy').array([1.0, 2.0])", "passed"),
+    ("__import__('numpy').array([1, 2])", "__import__('numpy').array([1, 3])", "wrong"),
+    ("__import__('numpy').array([1, 2])", "[1, 2]", "passed"), ("__import__('numpy').array([1, 2])", "1", "wrong"),
+    ("(__import__('numpy').eye(2), 3)", "(__import__('numpy').eye(2), 3)", "passed"),
+    ("{'a': __import__('numpy').zeros((2, 0))}", "{'a': __import__('numpy').zeros((2, 0))}", "passed"),
+    ("__import__('numpy').int64(3)", "3", "passed"), ("3", "__import__('numpy').float64(3)", "passed"),
+    ("True", "__import__('numpy').bool_(True)", "passed"), ("'a'", "__import__('numpy').str_('a')", "passed"),
+    ("__import__('numpy').array(5)", "5", "passed"),
+    ("__import__('numpy').datetime64('2024-01-02')", "__import__('datetime').date(2024, 1, 2)", "passed"),
+]
+
+
+@pytest.mark.parametrize("reference, answer, verdict", EQUAL)
+def test_results_compare(scorer, reference, answer, verdict):
+    if "numpy" in reference + answer:
+        pytest.importorskip("numpy")
+    made = [f"def f():\n    return {expression}" for expression in (reference, answer)]
+    assert scorer.score(task(made[0], "f()"), made[1])["fixed"]["calls"] == [verdict]
+
+
+def test_partial_credit_and_helpers(scorer):
+    result = scorer.score(DOUBLE, "def f(x):\n    if x == -3:\n        raise ValueError\n    return 2")
+    assert result == {"fixed": {"passed": 1, "total": 3, "calls": ["passed", "raised", "wrong"]},
+                      "official": {"passed": 1, "total": 3}, "sandbox": scorer.tier}
+    assert share(result) == share(result, "official") == 1 / 3 and not success(result)
+    assert success(scorer.score(DOUBLE, GOOD)) and success(scorer.score(DOUBLE, GOOD), "official")
+
+
+def test_timeouts_are_per_call(scorer):
+    looping = "def f(x):\n    while x == 1:\n        pass\n    return x * 2"
+    result = scorer.score(DOUBLE, looping)
+    assert result["fixed"]["calls"] == ["timed out", "passed", "passed"] and result["official"]["passed"] == 2
+
+
+@pytest.mark.parametrize("answer, note", [
+    (None, "no answer"), ("", None), ("I WANT TO ANSWER:", None), ("I do not know.", None), ("def f(x: return", None),
+    ("def g(x):\n    return x * 2", None),
+    ("# " + "x" * 200_000 + "\n" + GOOD, "the answer is longer than 200000 bytes"),
+    ("é" * 100_001, "the answer is longer than 200000 bytes"), (f"{TICKS}python\n{TICKS}", None)])
+def test_no_code_scores_nothing(scorer, answer, note):
+    result = scorer.score(DOUBLE, answer)
+    assert result["fixed"]["passed"] == result["official"]["passed"] == 0 and result.get("note") == note
+
+
+def test_long_answer_within_the_limit(scorer):
+    assert success(scorer.score(DOUBLE, "# " + "x" * 190_000 + "\n" + GOOD))
+
+
+def test_truncated_code_is_not_patched_up(scorer):
+    answer = "Here it is:\ndef f(x):\n    y = x * 2\n    return y\n    if (x ="
+    assert scorer.score(DOUBLE, answer)["fixed"]["calls"] == ["raised"] * 3
+
+
+def test_task_without_calls(scorer):
+    result = scorer.score(task(GOOD), GOOD)
+    assert result["fixed"] == {"passed": 0, "total": 0, "calls": []} and share(result) == 0.0 and not success(result)
+
+
+def test_calls_of_other_shapes(scorer):
+    shapes = task("class P:\n    def __init__(self, x):\n        self.x = x\n    def up(self):\n"
+                  "        return self.x + 1",
+                  "P(1).up()", " P(2).x\n", "[P(3).x, P(4).up()]", "round(P(0.5).up(), 1)", "P(1).up() == 2", "P(")
+    assert scorer.score(shapes, shapes["ground_truth"])["fixed"]["calls"] == ["passed"] * 5 + ["no reference value"]
+
+
+def test_score_many_keeps_the_order(scorer):
+    answers = [f"def f(x):\n    return x * 2 if x != {k} else {k}" for k in (1, -3, 2.5, 9)] * 15
+    results = list(scorer.score_many((DOUBLE, answer) for answer in answers))
+    assert [r["fixed"]["calls"].index("wrong") if r["fixed"]["passed"] < 3 else 3 for r in results] == [0, 1, 2, 3] * 15
+
+
+def test_many_threads_at_once(scorer):
+    wrong = []
+
+    def work(k):
+        own = task(f"def f(x):\n    return x + {k}", "f(1)", "f(2)")
+        for _ in range(5):
+            if not success(scorer.score(own, f"def f(x):\n    return {k} + x")) or success(scorer.score(own, GOOD)):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(10, 18)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_scorer_made_in_a_thread_that_ended():
+    made = []
+    thread = threading.Thread(target=lambda: made.append(Scorer(workers=1)))
+    thread.start()
+    thread.join()
+    with made[0] as scorer:
+        assert success(scorer.score(DOUBLE, GOOD))
+
+
+# ---- official mode against a process that does as the released evaluator does ----------------------------------------
+EMULATOR = '''
+import json, signal, sys
+import multiprocessing
+from queue import Empty
+
+def outcome(source, call):
+    function_definition, test_case = source, call
+    try:
+        exec(function_definition)
+        return eval(test_case)
+    except Exception:
+        return None
+
+def rate(reference, answer, calls):
+    for word in "import os|from os|import sys|from sys|sudo|transformers|exit(|quit(|argparse".split("|"):
+        if word in answer:
+            return 0
+    if "`" * 3 + "python" in answer:
+        answer = answer.split("`" * 3 + "python")[1].split("`" * 3)[0]
+    if "`" * 3 in answer:
+        answer = answer.split("`" * 3)[1].split("`" * 3)[0]
+    count = 0
+    for call in calls:
+        expected = outcome(reference, call)
+        def late(*_):
+            raise TimeoutError("late")
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(1)
+        try:
+            got = outcome(answer, call)
+        except TimeoutError:
+            got = None
+        signal.alarm(0)
+        try:
+            if expected == got and expected is not None:
+                count += 1
+        except ValueError:
+            pass
+    return count
+
+def main():
+    out, sys.stdout = sys.stdout, open("/dev/null", "w")
+    for reference, answer, calls in json.load(sys.stdin):
+        try:
+            print(rate(reference, answer, calls), file=out)
+        except BaseException as error:  # there the whole run ends
+            print(type(error).__name__, file=out)
+'''
+REFERENCES = {
+    "plain": GOOD,
+    "import at the top": "import math\ndef f(x):\n    return math.floor(x * 2)",
+    "import inside": "def f(x):\n    import math\n    return math.ldexp(x, 1)",
+    "helper": "def g(x):\n    return x * 2\ndef f(x):\n    return g(x)",
+    "recursion": "def f(x):\n    return 0 if x < 1 else 2 + f(x - 1)",
+    "class": "class P:\n    k = 2\ndef f(x):\n    return P.k * x",
+    "gives None": "def f(x):\n    return None",
+    "evaluator's names": "def f(x):\n    return signal.SIGALRM * 0 + x * 2",
+    "exit": "def f(x):\n    exit(0)",
+    "array": "def f(x):\n    import numpy as np\n    return np.array([x, x])",
+    "array of one": "def f(x):\n    import numpy as np\n    return np.array([x * 2])",
+    "array of one in a list": "def f(x):\n    import numpy as np\n    return [np.array([x * 2]), 1]",
+    "numpy scalar": "def f(x):\n    import numpy as np\n    return np.float64(x * 2)",
+    "default argument keeps it": "import math\ndef f(x, m=math):\n    return m.ldexp(x, 1)",
+    "global statement": "def f(x):\n    global kept\n    kept = x * 2\n    return kept",
+}
+ANSWERS = {**{f"wrapped: {k}": v for k, v in WRAPPINGS.items()}, **{f"written: {k}": v for k, v in LEGITIMATE.items()},
+           **{f"reference: {k}": v for k, v in REFERENCES.items() if k != "exit"}}
+ANSWERS.update({
+    "empty": "", "no code": "I give up.", "sudo": f"# sudo\n{GOOD}",
+    "sudo in prose": f"No sudo.\n{TICKS}python\n{GOOD}\n{TICKS}",
+    "exit in a name": "def f(x):\n    def my_exit(): pass\n    return x * 2",
+    "from sys": f"from system_x: none\n{GOOD}",
+    "two python fences": f"{TICKS}python\ndef f(x):\n    return 0\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}",
+    "plain then python": f"{TICKS}\nx = 1\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}",
+    "three plain fences": f"{TICKS}\n{GOOD}\n{TICKS}\n{TICKS}\n1\n{TICKS}", "one tick fence": f"{TICKS}{GOOD}",
+    "odd fences": f"a {TICKS} b {TICKS} c {TICKS}", "python word after": f"{TICKS}python {GOOD}\n{TICKS}",
+    "catches the alarm":
+        "def f(x):\n    try:\n        while x == 1:\n            pass\n    except Exception:\n        pass\n"
+        "    return x * 2",
+    "loop": "def f(x):\n    while x == 1:\n        pass\n    return x * 2",
+    "sleep": "def f(x):\n    import time\n    time.sleep(1.3 if x == 1 else 0)\n    return x * 2",
+    "loop at the top": "import time\ntime.sleep(0.4)\n" + GOOD,
+    "reads evaluator's locals": "k = len(test_case) + len(function_definition)\n" + GOOD,
+    "evaluator's locals in the function": "def f(x):\n    return test_case",
+    "evaluator's modules": "def f(x):\n    return x * 2 if signal and multiprocessing and Empty else None",
+    "comprehension over a name": "k = [1, 1]\nn = [i for i in k]\ndef f(x):\n    return x * 2",
+    "comprehension with a name inside":
+        "k = 2\ntry:\n    n = [k for i in range(2)]\nexcept NameError:\n    n = [1]\ndef f(x, n=len(n)):\n"
+        "    return x * n",
+    "decorated by own": "def d(g):\n    return lambda x: g(x) * 2\n@d\ndef f(x):\n    return x",
+    "own name": "def f(x):\n    return x * 2 if __name__.startswith('__main') is not None else None",
+    "lambda in a default": "def f(x, g=lambda y: y * 2):\n    return g(x)",
+    "state over calls by global":
+        "def f(x):\n    global n\n    try:\n        n += 1\n    except NameError:\n        n = 1\n"
+        "    return x * 2 if n > 1 else None",
+    "state over calls by builtins":
+        "def f(x):\n    import builtins\n    builtins.zz = getattr(builtins, 'zz', 0) + 1\n"
+        "    return x * 2 if builtins.zz > 1 else None",
+    "null byte": GOOD + "\0",
+    "byte order mark": "\ufeff" + GOOD, "form feed": "\f" + GOOD,
+    "tabs and spaces": "def f(x):\n\ty = 1\n        return x",
+    "trailing backslash": GOOD + "\n\\", "array answer": "def f(x):\n    import numpy\n    return numpy.array([x * 2])",
+    "array of two": "def f(x):\n    import numpy\n    return numpy.array([x, x])",
+    "list of one": "def f(x):\n    return [x * 2]",
+    "list of array": "def f(x):\n    import numpy\n    return [numpy.array([x * 2]), 1]",
+    "nested list of one": "def f(x):\n    return [[x * 2]]",
+    "array without dimension": "def f(x):\n    import numpy\n    return numpy.array(x * 2)",
+    "empty array": "def f(x):\n    import numpy\n    return numpy.array([])",
+    "text": "def f(x):\n    return str(x * 2)",
+})
+PAIRS = [(REFERENCES["plain"], answer) for answer in ANSWERS.values()]
+PAIRS += [(reference, answer) for key, reference in REFERENCES.items() if key not in ("plain", "exit")
+          for answer in [GOOD, reference, LEGITIMATE["import"], ANSWERS["array answer"], ANSWERS["array of two"],
+                         ANSWERS["list of array"], ANSWERS["list of one"], ANSWERS["array without dimension"]]]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the released evaluator scores 0 there")
+def test_official_mode_equals_the_released_evaluator(scorer, tmp_path):
+    pytest.importorskip("numpy")
+    calls = list(DOUBLE["test_cases"].values())
+    (tmp_path / "evaluator.py").write_text(EMULATOR)  # a module, so that code sees no "__main__"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import evaluator; evaluator.main()"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60,
+                          input=json.dumps([(reference, answer, calls) for reference, answer in PAIRS]))
+    theirs = done.stdout.split()
+    assert len(theirs) == len(PAIRS) >= 100, done.stderr
+    results = list(scorer.score_many((task(reference, *calls), answer) for reference, answer in PAIRS))
+    ours = [str(result["official"]["passed"]) for result in results]
+    assert [(a, b, pair) for a, b, pair in zip(ours, theirs, PAIRS) if a != b] == []
+    assert {"0", "3"} < set(theirs)
+
+
+@pytest.mark.parametrize("answer", ["raise SystemExit\n" + GOOD, "def f(x):\n    raise SystemExit",
+                                    "def f(x):\n    raise KeyboardInterrupt"])
+def test_official_mode_survives_what_ends_the_released_evaluator(scorer, answer):
+    assert scorer.score(DOUBLE, answer)["official"]["passed"] == 0
+
+
+def test_official_mode_never_wins_a_reference_with_a_module_level_import(scorer):
+    result = scorer.score(task(REFERENCES["import at the top"], "f(1)"), REFERENCES["import at the top"])
+    assert result["fixed"]["passed"] == 1 and result["official"]["passed"] == 0

@@ -1,0 +1,301 @@
+"""colbench/server.py against real HTTP servers on this machine that answer, fail, hang, hang up and record."""
+import base64
+import http.server
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from colbench.files import UserError
+from colbench.server import Reply, ServerChat
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = {"retry-after-ms": "1"}  # the client's back-off, as the server asks for it
+
+
+class Server:
+    """An OpenAI-compatible server. behave(body, earlier) answers a completion request after `earlier` equal ones.
+
+    It returns a text, or (status, headers, payload), or "hang up" or "hang".
+    """
+
+    def __init__(self, behave=lambda body, earlier: "hello", models=("first", "second")):
+        self.requests, self.in_flight, self.most_in_flight = [], 0, 0
+        lock, owner = threading.Lock(), self
+        self.over = threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                if isinstance(models, int):
+                    return self.send(models, {}, {"error": {"message": "no list here"}})
+                self.send(200, {}, {"object": "list", "data": [{"id": name, "object": "model"} for name in models]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    earlier = sum(body == request for request in owner.requests)
+                    owner.requests.append(body)
+                    owner.path, owner.key = self.path, self.headers["Authorization"]
+                    owner.in_flight += 1
+                    owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
+                try:
+                    result = behave(body, earlier)
+                finally:
+                    with lock:
+                        owner.in_flight -= 1
+                if result == "hang up":
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                elif result == "hang":
+                    owner.over.wait(30)
+                    self.close_connection = True
+                else:
+                    self.send(*(result if isinstance(result, tuple) else (200, {}, completion(result))))
+
+            def send(self, status, headers, payload):
+                data = payload.encode() if isinstance(payload, str) else json.dumps(payload).encode()
+                self.send_response(status)
+                kind = "text/html" if isinstance(payload, str) else "application/json"
+                for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        class Threads(http.server.ThreadingHTTPServer):
+            request_queue_size = 128
+
+            def handle_error(self, request, client_address):  # a client that gave up is no news
+                pass
+
+        self.server = Threads(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def completion(text, tokens=3, reason="stop"):
+    message = {"role": "assistant", "content": text}
+    usage = {"usage": {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + (tokens or 0)}}
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "first",
+            "choices": [{"index": 0, "message": message, "finish_reason": reason}], **(usage if tokens else {})}
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*arguments, **settings):
+        servers.append(Server(*arguments, **settings))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.close()
+
+
+def says(text):
+    return [{"role": "user", "content": text}]
+
+
+def last(body):
+    return body["messages"][-1]["content"]
+
+
+def test_one_request_per_seed_and_every_reply_in_its_place(serve):
+    def behave(body, earlier):
+        time.sleep(random.random() / 20)  # replies come back in any order
+        return 200, {}, completion(f"{last(body)}/{body['seed']}", tokens=1 + body["seed"] % 5)
+    server = serve(behave)
+    chat = ServerChat(server.url, "second", concurrency=16)
+    seeds = [[b * 100 + s + 2**62 for s in range(b % 4)] for b in range(12)]
+    conversations = [[{"role": "system", "content": "short", "extra": 1}, *says(f"task {b}")] for b in range(12)]
+    replies = chat.sample(conversations, seeds, temperature=0, max_new_tokens=77, stop=["END"])
+    assert replies == [[Reply(f"task {b}/{s}", 1 + s % 5) for s in row] for b, row in enumerate(seeds)]
+    assert sorted(body["seed"] for body in server.requests) == sorted(s for row in seeds for s in row)
+    for body in server.requests:
+        assert body["model"] == "second" and body["temperature"] == 0 and body["max_tokens"] == 77
+        assert body["stop"] == ["END"] and body["messages"][0] == {"role": "system", "content": "short"}
+        assert body.get("n", 1) == 1
+    assert server.path == "/v1/chat/completions"
+    assert chat.sample([], []) == [] and chat.sample([says("x")], [[]]) == [[]]
+
+
+def test_requests_run_side_by_side_up_to_the_limit(serve):
+    server = serve(lambda body, earlier: time.sleep(0.2) or "slow")
+    start = time.monotonic()
+    ServerChat(server.url, "first", concurrency=8).sample([says("x")] * 4, [[1, 2, 3, 4]] * 4)
+    assert server.most_in_flight == 8 and time.monotonic() - start >= 0.4
+
+
+def test_passing_trouble_is_retried(serve):
+    def behave(body, earlier):
+        trouble = {"busy": (429, QUICK, {"error": {"message": "slow down"}}), "broken": (500, QUICK, {"error": {}}),
+                   "starting": (503, QUICK, "not yet"), "lost": "hang up"}
+        return "at last" if earlier >= 2 else trouble[last(body)]
+    server = serve(behave)
+    kinds = ["busy", "broken", "starting", "lost"]
+    replies = ServerChat(server.url, "first", max_retries=2).sample([says(kind) for kind in kinds], [[5]] * 4)
+    assert [row[0].text for row in replies] == ["at last"] * 4
+    assert all(sum(last(body) == kind for body in server.requests) == 3 for kind in kinds)
+
+
+def test_a_lost_request_loses_no_other(serve):
+    def behave(body, earlier):
+        return {"dead": "hang up", "stuck": "hang", "down": (500, QUICK, {"error": {"message": "out of memory"}}),
+                "page": (200, {}, "<html>a proxy</html>"), "odd": (200, {}, {"choices": []}),
+                "strange": (200, {"Content-Type": "application/json"}, "{not json")}.get(last(body), "fine")
+    server = serve(behave)
+    kinds = ["dead", "good", "stuck", "good", "down", "page", "odd", "good", "strange", "good"]
+    replies = ServerChat(server.url, "first", timeout=0.5, max_retries=1).sample(
+        [says(kind) for kind in kinds], [[1, 2]] * len(kinds))
+    for kind, row in zip(kinds, replies):
+        for reply in row:
+            if kind == "good":
+                assert reply == Reply("fine", 3)
+            else:
+                assert isinstance(reply, Exception) and "\n" not in str(reply) and server.url in str(reply)
+    words = {kind: str(row[0]) for kind, row in zip(kinds, replies)}
+    assert "out of memory" in words["down"] and "timed out" in words["stuck"] and "no chat completion" in words["page"]
+
+
+def test_a_dialogue_too_long_is_sent_once(serve):
+    message = "This model's maximum context length is 8192 tokens. Please reduce the length of the messages."
+    server = serve(lambda body, earlier: (400, {}, {"error": {"message": message, "code": 400}}))
+    (reply,), = ServerChat(server.url, "first").sample([says("long")], [[1]])
+    assert isinstance(reply, Exception) and message in str(reply) and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_a_reply_without_text_is_asked_for_once_more(serve, empty):
+    seen = {}
+
+    def behave(body, earlier):
+        nth = seen[last(body)] = seen.get(last(body), 0) + 1
+        return (200, {}, completion(empty, reason="length")) if last(body) == "mute" or nth == 1 else "found words"
+    server = serve(behave)
+    chat = ServerChat(server.url, "first")
+    (first,), = chat.sample([says("shy")], [[7]])
+    assert first.text == "found words" and len({body["seed"] for body in server.requests}) == 2
+    (second,), = chat.sample([says("mute")], [[7]])
+    assert isinstance(second, Exception) and "without text" in str(second) and "length" in str(second)
+    assert len(server.requests) == 4
+
+
+def test_a_server_that_does_not_count_tokens(serve):
+    server = serve(lambda body, earlier: (200, {}, completion("hi", tokens=None)))
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply("hi", None)]]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_without_seeds(serve, status, capsys):
+    def behave(body, earlier):
+        refusal = {"error": {"message": "Unrecognized request argument supplied: seed"}}
+        return (status, {}, refusal) if "seed" in body else "without"
+    server = serve(behave)
+    chat = ServerChat(server.url, "first", concurrency=6)
+    for _ in range(2):  # the first six find out at the same time, the next ones know
+        assert chat.sample([says("x")] * 3, [[1, 2]] * 3) == [[Reply("without", 3)] * 2] * 3
+        assert sum("seed" in body for body in server.requests) <= 6
+    assert capsys.readouterr().err.count("refuses the seed") == 1
+
+
+def test_a_prompt_about_seeds_is_not_a_server_without_seeds(serve, capsys):
+    def behave(body, earlier):
+        too_long = 400, {}, {"error": {"message": f"too long: {last(body)}"}}
+        return too_long if "plant" in last(body) else str(body["seed"])
+    server = serve(behave)
+    chat = ServerChat(server.url, "first", concurrency=1)
+    (long,), (short,) = chat.sample([says("where to plant a seed"), says("x")], [[4], [5]])
+    assert isinstance(long, Exception) and short.text == "5" and capsys.readouterr().err == ""
+
+
+def test_no_key_password_or_query_in_any_message(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    basic = base64.b64encode(b"user:pass-word").decode()
+    secrets = ("sk-very-secret", "pass-word", "token-value", basic)
+
+    def behave(body, earlier):
+        return 401, {}, {"error": {"message": f"Wrong: {server.key}, {server.path}, {login}"}}
+    for login, sent in [("", "Bearer sk-very-secret"), ("user:pass-word@", f"Basic {basic}")]:
+        server = serve(behave)
+        url = server.url.replace("http://", f"http://{login}") + "/v1?access=token-value"
+        (reply,), = ServerChat(url, "first").sample([says("x")], [[1]])
+        assert server.key == sent and "access=token-value" in server.path  # the server got them and sent them back
+        with pytest.raises(UserError) as refused:
+            ServerChat(url, "first").check()
+        server.close()
+        (gone,), = ServerChat(url, "first", max_retries=0).sample([says("x")], [[1]])
+        with pytest.raises(UserError) as silent:
+            ServerChat(url, "first").check()
+        for error in (reply, refused.value, gone, silent.value):
+            words = f"{error} {error!r} {error.__cause__!r}"
+            assert isinstance(error, Exception) and f"{server.url}/v1" in words
+            assert not [secret for secret in secrets if secret in words]
+    with pytest.raises(UserError) as wrong:
+        ServerChat("ftp://user:pass-word@host/")
+    assert "pass-word" not in str(wrong.value)
+
+
+def test_check_settles_the_model(serve):
+    server = serve()
+    chat = ServerChat(server.url + "/v1/")
+    chat.check()
+    assert chat.model == "first" and server.requests[-1]["max_tokens"] == 1
+    lazy = ServerChat(server.url)
+    assert lazy.sample([says("x")], [[1]]) == [[Reply("hello", 3)]] and lazy.model == "first"
+    quiet = serve(models=404)  # a server that lists nothing is fine where the model is named
+    ServerChat(quiet.url, "mine").check()
+    assert quiet.requests[-1]["model"] == "mine"
+    mute = serve(lambda body, earlier: (200, {}, completion(None, reason="length")))
+    ServerChat(mute.url).check()  # one token need not be a text
+
+
+def test_check_tells_in_one_line_what_is_wrong(serve):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        refusing = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(UserError, match="no answer; is the server up") as error:
+        ServerChat(refusing).check()
+    assert refusing in str(error.value)
+    missing = {"error": {"message": "The model `third` does not exist."}}
+    for server, model, words in [
+            (serve(lambda body, earlier: (404, {}, missing)), "third", ["third", "does not exist", "first, second"]),
+            (serve(models=()), None, ["lists no model"]), (serve(models=500), None, ["lists no model", "no list here"]),
+            (serve(lambda body, earlier: (200, {}, "<html>")), "first", ["no chat completion"])]:
+        with pytest.raises(UserError) as error:
+            ServerChat(server.url, model, max_retries=0).check()
+        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    for address in ("localhost:8000", "file:///etc/hosts", "http://", "http://host:port/v1", "http://[::1"):
+        with pytest.raises(UserError, match="a server's address"):
+            ServerChat(address)
+
+
+def test_ctrl_c_does_not_wait_for_requests_in_flight(serve):
+    server = serve(lambda body, earlier: "hang")
+    code = "import sys; from colbench.files import run_main; from colbench.server import ServerChat\n" \
+           "chat = ServerChat(sys.argv[1], 'first')\n" \
+           "run_main(lambda: chat.sample([[{'role': 'user', 'content': 'x'}]] * 9, [[1]] * 9))"
+    user = subprocess.Popen([sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while len(server.requests) < 9:
+        assert user.poll() is None
+        time.sleep(0.05)
+    user.send_signal(signal.SIGINT)
+    err = user.communicate(timeout=5)[1]
+    assert user.returncode == 130 and err == "interrupted: the same command goes on from here\n"

@@ -1,0 +1,226 @@
+"""The four scripts as a user runs them: real subprocesses, the embedded model, small sizes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train_critic import HIDDEN_INFO
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--n-tasks", "40", "--k", "4"]
+
+
+def run(script, *args, ok=True):
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if ok:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_gb")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole small run."""
+    directory = tmp_path_factory.mktemp("run")
+    run("collect.py", "--run", directory, *SMALL)
+    run("train_critic.py", "--run", directory, "--epochs", 2)
+    run("train_policy.py", "--run", directory, "--epochs", 1)
+    run("evaluate.py", "--run", directory, "--n-tasks", 30)
+    return directory
+
+
+@pytest.fixture()
+def collected(finished, tmp_path):
+    """A directory in which only stage 1 has run."""
+    shutil.copy(finished / "trajectories.jsonl", tmp_path)
+    return tmp_path
+
+
+def test_files_of_a_run(finished):
+    trajectories = lines(finished / "trajectories.jsonl")
+    assert len({(t["id"], t["sample"]) for t in trajectories}) == len(trajectories) == 160
+    for t in trajectories:
+        assert {"task", "dialogue_history", "answer", "reward"} <= t.keys() and 0 <= t["reward"] <= 1
+        turns = [m for m in t["dialogue_history"] if m["role"] == "assistant"]
+        assert 1 <= len(turns) <= 10 and all({"content", "input", "output"} <= m.keys() for m in turns)
+        assert all(len(m["candidates"]) == 16 and m["candidates"][0] == m["output"] for m in turns if "candidates" in m)
+    share = sum("candidates" in m for t in trajectories for m in t["dialogue_history"]) / sum(
+        m["role"] == "assistant" for t in trajectories for m in t["dialogue_history"])
+    assert 0.1 < share < 0.3  # the preset's fifth
+    for row in lines(finished / "preferences.jsonl"):
+        assert len(row["candidates"]) == len(set(row["candidates"])) == len(row["advantages"])
+    log = lines(finished / "critic_log.jsonl")
+    assert {"loss", "margin", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+            "logps/rejected", "gradient_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= log[0].keys()
+    assert [row["step"] for row in log] == list(range(len(log)))
+    assert abs(log[0]["margin"]) < 1e-3  # at the first step critic and reference are equal
+    metrics = json.loads((finished / "metrics.json").read_text())["policies"]
+    assert list(metrics) == ["base", str(finished / "policy")]
+    low, high = metrics["base"]["fixed"]["success_95"]
+    assert low <= metrics["base"]["fixed"]["success"] <= high
+
+
+def test_hidden_info_reaches_neither_agent_nor_policy(finished):
+    seen = [m["input"] for t in lines(finished / "trajectories.jsonl") + lines(finished / "episodes.jsonl")
+            for m in t["dialogue_history"] if m["role"] == "assistant"]
+    seen += [json.dumps(row["messages"]) for row in lines(finished / "preferences.jsonl")]
+    assert len(seen) > 1000
+    for text in seen:
+        assert HIDDEN_INFO.strip() not in text and "total +=" not in text and "# " not in text
+
+
+def test_finished_stages_do_nothing(finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and ".lock" not in path.name}
+    for script, args in [("collect.py", SMALL), ("train_critic.py", []), ("train_policy.py", []),
+                         ("evaluate.py", ["--n-tasks", 30])]:
+        assert "nothing to" in run(script, "--run", finished, *args).stdout
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
+
+
+def test_same_seed_same_trajectories(finished, tmp_path):
+    run("collect.py", "--run", tmp_path, *SMALL)
+    assert (tmp_path / "trajectories.jsonl").read_bytes() == (finished / "trajectories.jsonl").read_bytes()
+
+
+def kill_when(command, ready, seconds=120):
+    """Start a script, kill -9 it as soon as ready() holds."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + seconds
+    while not ready():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_collect_goes_on_after_kill(finished, tmp_path):
+    output = tmp_path / "trajectories.jsonl"
+    command = [sys.executable, str(ROOT / "collect.py"), "--run", str(tmp_path), *SMALL, "--parallel", "16"]
+    kill_when(command, lambda: output.exists() and output.read_bytes().count(b"\n") >= 40)
+    before = output.read_bytes().rsplit(b"\n", 1)[0].split(b"\n")
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    rows = lines(output)
+    assert len({(t["id"], t["sample"]) for t in rows}) == len(rows) == 160
+    assert set(before) <= set(output.read_bytes().split(b"\n"))  # nothing that was written is lost or made again
+
+
+def test_critic_goes_on_after_kill(collected, tmp_path_factory):
+    straight = tmp_path_factory.mktemp("straight")
+    shutil.copy(collected / "trajectories.jsonl", straight)
+    args = ["--epochs", "2", "--save-every", "3"]
+    run("train_critic.py", "--run", straight, *args)
+    log = collected / "critic_log.jsonl"
+    command = [sys.executable, str(ROOT / "train_critic.py"), "--run", str(collected), *args]
+    kill_when(command, lambda: log.exists() and log.read_bytes().count(b"\n") >= 5)
+    assert (collected / "critic.checkpoint").exists() and not (collected / "critic").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert without_clock(lines(log)) == without_clock(lines(straight / "critic_log.jsonl"))
+    assert (collected / "preferences.jsonl").read_bytes() == (straight / "preferences.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("launch", [["--tokens-per-step", "300"], ["two processes"]])
+def test_losses_do_not_depend_on_budget_or_processes(collected, launch):
+    args = ["--run", str(collected), "--epochs", "1", "--save-every", "1000"]
+    run("train_critic.py", *args)
+    expected = lines(collected / "critic_log.jsonl")
+    shutil.rmtree(collected / "critic")
+    if launch == ["two processes"]:
+        subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                        "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "train_critic.py"), *args],
+                       cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    else:
+        run("train_critic.py", *args, *launch)
+    got = lines(collected / "critic_log.jsonl")
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected):
+        for name in ("loss", "gradient_norm", "rewards/accuracies", "logps/chosen"):
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
+
+
+def test_full_fine_tuning(collected):
+    run("train_critic.py", "--run", collected, "--lora-rank", 0, "--learning-rate", "1e-3", "--epochs", 1)
+    run("train_policy.py", "--run", collected, "--lora-rank", 0, "--learning-rate", "1e-3", "--epochs", 1)
+    assert (collected / "policy" / "config.json").exists()  # a whole model
+    out = run("evaluate.py", "--run", collected, "--n-tasks", 10).stdout
+    assert "base" in out and "policy" in out
+
+
+def test_critic_learns(finished):
+    log = lines(finished / "critic_log.jsonl")
+    first, last = log[:5], log[-5:]
+    assert sum(row["margin"] for row in last) / 5 > sum(row["margin"] for row in first) / 5 + 0.1
+    assert sum(row["rewards/accuracies"] for row in last) / 5 > 0.7
+
+
+def test_published_shape(finished, tmp_path):
+    """No rewards, no candidates, samples n_tasks lines apart: through scoring, candidates, critic."""
+    published = tmp_path / "published.jsonl"
+    with open(published, "w") as file:
+        for t in lines(finished / "trajectories.jsonl"):
+            history = [{k: m[k] for k in ("role", "content", "input", "output") if k in m} for m in t["dialogue_history"]]
+            task = {k: v for k, v in t["task"].items() if k != "id"} | {"test_cases": str(t["task"]["test_cases"])}
+            file.write(json.dumps({"task": task, "dialogue_history": history, "answer": t["answer"]}) + "\n")
+    run("collect.py", "--run", tmp_path, "--add-candidates-to", published, "--candidate-share", "0.05")
+    rows = lines(tmp_path / "trajectories.jsonl")
+    assert [t["reward"] for t in rows] == [t["reward"] for t in lines(finished / "trajectories.jsonl")]
+    assert any("candidates" in m for t in rows for m in t["dialogue_history"])
+    run("train_critic.py", "--run", tmp_path, "--epochs", 1)
+    assert lines(tmp_path / "preferences.jsonl")
+
+
+TASK = {"problem_description": "Write f.", "ground_truth": "def f(x):\n    return x", "test_cases": {"t1": "f(1)"}}
+
+
+def bad_inputs():
+    good, t = json.dumps(TASK), {**TASK, "test_cases": {}}
+    return {
+        "missing file": (["collect.py", "--tasks", "none.jsonl"], None, ["none.jsonl"]),
+        "broken line 17": (["collect.py", "--tasks", "in.jsonl"], "\n".join([good] * 16 + ["{"] + [good]), ["in.jsonl:17"]),
+        "empty tasks": (["collect.py", "--tasks", "in.jsonl"], "", ["in.jsonl"]),
+        "task without tests": (["collect.py", "--tasks", "in.jsonl"], good + "\n" + json.dumps(t), ["in.jsonl:2", "test"]),
+        "unknown model": (["collect.py", "--tasks", "in.jsonl", "--model", "no/such-model"], good, ["no/such-model"]),
+        "server refused": (["collect.py", "--tasks", "in.jsonl", "--human", "http://127.0.0.1:9/v1"], good, ["127.0.0.1:9"]),
+        "unknown human": (["collect.py", "--tasks", "in.jsonl", "--human", "nobody"], good, ["nobody"]),
+        "no trajectories": (["train_critic.py"], None, ["trajectories.jsonl"]),
+        "no preferences": (["train_policy.py"], None, ["preferences.jsonl"]),
+        "no policy": (["evaluate.py"], None, ["policy"]),
+        "no reward": (["train_critic.py", "--trajectories", "in.jsonl"], json.dumps(
+            {"task": TASK, "dialogue_history": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+             "answer": "y"}), ["in.jsonl:1", "reward"]),
+        "no pairs": (["train_critic.py", "--trajectories", "in.jsonl"], "\n".join(json.dumps(
+            {"task": TASK, "dialogue_history": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+             "answer": "y", "reward": 0.0}) for _ in range(3)), ["in.jsonl", "no pair"]),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs())
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
+    (script, *args), content, words = bad_inputs()[case]
+    if content is not None:
+        (tmp_path / "in.jsonl").write_text(content)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / script), *args, "--run", str(tmp_path / "run")], cwd=tmp_path,
+                          capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert all(word in errors[0] for word in words), errors[0]
+    left = [p for p in (tmp_path / "run").glob("*") if not p.name.startswith(".lock") and p.stat().st_size]
+    assert not left, left
