@@ -15,10 +15,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
-from peft import PeftModel
-from tqdm import tqdm
-
 from colbench.dialogue import AGENT_PROMPT, check_failures, play
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, write_aside
 from colbench.humans import make_human
@@ -26,6 +22,10 @@ from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
 from colbench.scorer import Scorer, share, success
 from colbench.server import ServerChat
 from colbench.tasks import load_tasks
+
+import numpy as np
+from peft import PeftModel
+from tqdm import tqdm
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:test", n_tasks=500, human="scripted",
@@ -159,7 +159,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, p = 1.959964, hits / n
     middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+    return max(0.0, (middle - width) / (1 + z * z / n)), min(1.0, (middle + width) / (1 + z * z / n))
 
 
 def bootstrap(values: list[float]) -> tuple[float, float]:

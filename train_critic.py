@@ -22,19 +22,19 @@ import contextlib
 import random
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
-
 from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of
 from colbench.model import (adapters_off, add_lora, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids,
                             message_logps, pack, tree_tokens)
 from colbench.tasks import load_trajectories
 from colbench.training import StepLog, load_checkpoint, save_checkpoint, save_trained
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=2e-3, pairs_per_task=4, epochs=4,

@@ -23,16 +23,16 @@ import random
 import statistics
 from pathlib import Path
 
+from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
+from colbench.model import (adapters_off, add_lora, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids,
+                            message_logps, pack, tree_tokens)
+from colbench.training import StepLog, load_checkpoint, save_checkpoint, save_trained
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
-
-from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
-from colbench.model import (adapters_off, add_lora, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids,
-                            message_logps, pack, tree_tokens)
-from colbench.training import StepLog, load_checkpoint, save_checkpoint, save_trained
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=3e-3, epochs=3, batch_size=32,

@@ -1,1 +1,6 @@
 """ColBench: tasks, the turn protocol, simulated humans and the scorer. Learning is in the scripts."""
+
+import logging
+
+# at import, bitsandbytes warns on some CPUs of an optional kernel; so import colbench before what imports bitsandbytes
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -7,10 +7,10 @@ points to one of twenty *details* (porcelain -> insurance), and each detail of a
     reference  def quote(n, d):
                    total = 0
                    total += 6 * n  # insurance
-                   total += 35 * (d > 2)  # toll
+                   total += 3 * (d > 2)  # toll
                    return total
 
-Only the human knows the numbers. Asking about a detail that the task does not have costs a turn ("I don't know."), and with
+Only the human knows the numbers (2 to 9). Asking about a detail that the task does not have costs a turn ("I don't know."), and with
 twenty details and ten turns one cannot ask about all of them; an answer that lacks a detail or has a wrong number fails at
 least one of the ten test calls. The lines commute, so any order of them is right.
 
@@ -56,11 +56,11 @@ def request(function: str, hints: list[str]) -> str:
             f"The signature of the function is: def {function}(n, d)")
 
 
-def code(function: str, numbers: dict[str, int]) -> str:
-    """The reference: a line for every detail in `numbers` (detail -> V), named by its comment."""
+def code(function: str, numbers: dict[str, int], comments: bool = True) -> str:
+    """The function that adds up `numbers` (detail -> V); comments name the details, as in a reference."""
     lines = [f"def {function}(n, d):", "    total = 0"]
     for name, number in numbers.items():
-        lines.append("    total " + DETAILS[name][0].replace("V", str(number)) + f"  # {name}")
+        lines.append("    total " + DETAILS[name][0].replace("V", str(number)) + (f"  # {name}" if comments else ""))
     return "\n".join(lines + ["    return total"])
 
 
@@ -77,7 +77,7 @@ def mini_task(split: str, index: int, seed: int = 0) -> dict:
     rng = random.Random(f"{split} {seed} {index}")
     while True:
         names = rng.sample(list(DETAILS), rng.choice((2, 3, 4)))
-        numbers = {name: rng.randint(2, 99) for name in names}
+        numbers = {name: rng.randint(2, 9) for name in names}
         hints = [rng.choice(DETAILS[name][1].split()) for name in names]
         content = json.dumps([sorted(numbers.items()), sorted(hints)])
         if ("test" if hashlib.sha256(content.encode()).digest()[0] < 64 else "train") != split:

@@ -9,10 +9,7 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 """
 
 import contextlib
-import logging
 from pathlib import Path
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel at import
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,117 @@
+"""The turn protocol, with agents and humans whose every word is known."""
+
+import pytest
+
+from colbench.dialogue import answer_of, check_failures, play, said
+from colbench.files import UserError, seed_of
+from colbench.server import Reply
+
+TASKS = [{"id": f"t{i}", "problem_description": f"request {i}", "ground_truth": f"def f():\n    return {i}  # SECRET"}
+         for i in range(6)]
+
+
+class Agent:
+    """Says what `speak(messages, seed)` gives; keeps all it was shown."""
+
+    def __init__(self, speak):
+        self.speak, self.shown, self.batches = speak, [], []
+
+    def sample(self, conversations, seeds, temperature, max_new_tokens):
+        self.batches.append(len(conversations))
+        self.shown += conversations
+        return [[self.speak(messages, seed) for seed in row] for messages, row in zip(conversations, seeds)]
+
+
+class Human:
+    def __init__(self, speak=lambda task: "yes"):
+        self.speak = speak
+
+    def reply(self, tasks, histories, seeds):
+        assert all(history[-1]["role"] == "assistant" for history in histories)
+        self.leaked = [task["id"] == "t3" for task in tasks]
+        return [self.speak(task) for task in tasks]
+
+
+def turns(messages):
+    return sum(m["role"] == "assistant" for m in messages)
+
+
+def episodes(agent, human, todo, **settings):
+    return {(e["id"], e["sample"]): e for batch in play(agent, human, todo, **settings) for e in batch}
+
+
+def test_marker_ends_the_episode_and_the_last_turn_does():
+    def speak(messages, seed):
+        answers = messages[1]["content"] == "request 1" and turns(messages) == 2
+        return Reply("fine. I WANT TO ANSWER:\n```python\nx\n```" if answers else f"question {turns(messages)}", 3)
+    done = episodes(Agent(speak), Human(), [(task, 0) for task in TASKS[:2]], max_turns=5)
+    early, late = done["t1", 0], done["t0", 0]
+    assert (early["outcome"], early["answer"], turns(early["dialogue_history"])) == ("answered", "```python\nx\n```", 3)
+    assert (late["outcome"], late["answer"], turns(late["dialogue_history"])) == ("limit", "question 4", 5)
+    for episode in done.values():  # the answer is the last message: no human reply after it
+        roles = [m["role"] for m in episode["dialogue_history"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+def test_published_output_rule():
+    assert said("thinking OUTPUT: say this OUTPUT: and not this") == ("say this", "thinking OUTPUT: say this ")
+    assert said(" plain ") == ("plain", " plain ")
+    # before OUTPUT: the marker is only thought of
+    content, _ = said("I WANT TO ANSWER: x OUTPUT: a question?")
+    assert answer_of(content, last_turn=False) is None and answer_of(content, last_turn=True) == "a question?"
+    assert answer_of("I WANT TO ANSWER: a I WANT TO ANSWER: b", last_turn=False) == "a"
+
+
+def test_an_error_ends_its_own_dialogue_only():
+    def speak(messages, seed):
+        if messages[1]["content"] == "request 2" and turns(messages) == 1:
+            return RuntimeError("context full")
+        return Reply("I WANT TO ANSWER: x" if turns(messages) == 2 else "question", 1)
+    human = Human(lambda task: ConnectionError("down") if task["id"] == "t4" else "yes")
+    done = episodes(Agent(speak), human, [(task, 0) for task in TASKS])
+    outcomes = {key[0]: episode["outcome"] for key, episode in done.items()}
+    assert outcomes["t2"] == "error: agent: RuntimeError: context full"
+    assert outcomes["t4"] == "error: human: ConnectionError: down"
+    assert all(outcomes[t] == "answered" for t in ("t0", "t1", "t3", "t5"))
+    assert any(m.get("leaked") for m in done["t3", 0]["dialogue_history"])
+    assert not any(m.get("leaked") for m in done["t0", 0]["dialogue_history"])
+
+
+def random_speaker(messages, seed):
+    number = seed_of(seed, messages[-1]["content"]) % 5
+    return Reply("I WANT TO ANSWER: done" if number == 0 and turns(messages) else f"question {seed % 1000}", 1)
+
+
+def test_episodes_do_not_depend_on_what_runs_beside_them():
+    todo = [(task, sample) for sample in range(4) for task in TASKS]
+    together = episodes(Agent(random_speaker), Human(), todo, parallel=64, candidate_share=0.4)
+    one_by_one = episodes(Agent(random_speaker), Human(), todo[::-1], parallel=1, candidate_share=0.4)
+    assert together == one_by_one and len(together) == 24
+    assert len({str(e["dialogue_history"]) for e in together.values()}) > 12  # samples of a task differ
+
+
+def test_candidates():
+    todo = [(task, sample) for sample in range(10) for task in TASKS]
+    messages = {}
+    for share in (0.0, 0.3, 1.0):
+        done = episodes(Agent(random_speaker), Human(), todo, candidate_share=share, n_candidates=5)
+        messages[share] = [m for key in sorted(done) for m in done[key]["dialogue_history"] if m["role"] == "assistant"]
+    assert not any("candidates" in m for m in messages[0.0]) and all("candidates" in m for m in messages[1.0])
+    assert 0.2 < sum("candidates" in m for m in messages[0.3]) / len(messages[0.3]) < 0.4
+    assert [m["content"] for m in messages[0.0]] == [m["content"] for m in messages[1.0]]  # what is played stays the same
+    assert all(len(m["candidates"]) == 5 and m["candidates"][0] == m["output"] for m in messages[1.0])
+
+
+def test_parallel_bounds_the_batch_and_the_reference_is_never_shown():
+    agent = Agent(random_speaker)
+    episodes(agent, Human(), [(task, s) for s in range(5) for task in TASKS], parallel=7)
+    assert max(agent.batches) == 7
+    assert "SECRET" not in str(agent.shown)
+
+
+def test_a_run_in_which_all_fails_stops():
+    recent = []
+    check_failures([{"outcome": "answered"}] * 3, recent, window=5)
+    check_failures([{"outcome": "error: human: x"}] * 4, recent, window=5)
+    with pytest.raises(UserError, match="last 5 dialogues all failed"):
+        check_failures([{"outcome": "error: human: x"}], recent, window=5)

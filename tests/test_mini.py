@@ -1,0 +1,74 @@
+"""The bundled benchmark does what its docstring says, judged by the real scorer and the real scripted human."""
+
+import json
+import re
+
+import pytest
+
+from colbench.dialogue import MARKER, play
+from colbench.humans import ScriptedHuman
+from colbench.mini import DETAILS, code, mini_tasks
+from colbench.scorer import Scorer, share, success
+from colbench.server import Reply
+from evaluate import bootstrap, wilson
+
+MEANING = {hint: name for name, (_, hints) in DETAILS.items() for hint in hints.split()}
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    with Scorer() as scorer:
+        yield scorer
+
+
+def test_thousands_of_distinct_tasks_and_no_overlap():
+    def content(task):
+        return json.dumps([sorted(re.findall(r"\d+ ?.*# \w+", task["ground_truth"])), task["problem_description"]])
+    train, test = ({content(task) for task in mini_tasks(split, 4000)} for split in ("train", "test"))
+    assert len(train) == len(test) == 4000 and not train & test
+    assert mini_tasks("train", 5) == mini_tasks("train", 9)[:5] != mini_tasks("train", 5, seed=1)
+    assert len(MEANING) == 120  # no hint stands for two details
+
+
+def test_references_pass_and_any_line_less_fails(scorer):
+    for task in mini_tasks("test", 60):
+        assert len(set(task["test_cases"].values())) == 10
+        lines = task["ground_truth"].split("\n")
+        right = scorer.score(task, task["ground_truth"])
+        assert success(right, "fixed") and success(right, "official")
+        for i, line in enumerate(lines):
+            if "#" in line:
+                less = scorer.score(task, "\n".join(lines[:i] + lines[i + 1:]))
+                more = scorer.score(task, "\n".join(lines[:i] + [re.sub(r"= (\d+)", r"= 1\1", line)] + lines[i + 1:]))
+                assert not success(less, "fixed") and not success(more, "fixed")
+
+
+class Expert:
+    """Knows every hint: what a perfect agent can reach without the reference."""
+
+    def sample(self, conversations, seeds, temperature, max_new_tokens):
+        return [[Reply(self.speak(messages), None)] for messages in conversations]
+
+    def speak(self, messages):
+        request, said = messages[1]["content"], " ".join(m["content"] for m in messages[2:])
+        wanted = [MEANING[word] for word in re.findall(r"\w+", request.split("deal in")[1]) if word in MEANING]
+        told = {name: int(number) for name, number in re.findall(r"The (\w+) is (\d+)\.", said)}
+        missing = [name for name in wanted if name not in told]
+        function = re.search(r"def (\w+)", request)[1]
+        return f"What is the {missing[0]}?" if missing else f"{MARKER}\n{code(function, told, comments=False)}"
+
+
+def test_an_expert_solves_all_and_a_hasty_agent_none(scorer):
+    tasks = mini_tasks("test", 100)
+    done = [e for batch in play(Expert(), ScriptedHuman(), [(t, 0) for t in tasks], n_candidates=1) for e in batch]
+    assert all(success(scorer.score(e["task"], e["answer"]), "fixed") for e in done)
+    assert max(len(e["dialogue_history"]) for e in done) <= 10  # four questions and the answer
+    hasty = [scorer.score(task, code(task["ground_truth"].split("(")[0][4:], {})) for task in tasks]
+    assert not any(success(result, "fixed") for result in hasty) and sum(share(r, "fixed") for r in hasty) < 10
+
+
+def test_intervals():
+    assert wilson(8, 10) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))  # Wilson 1927
+    assert wilson(0, 300)[0] == 0 and wilson(0, 300)[1] == pytest.approx(0.01264, abs=1e-4)
+    low, high = bootstrap([0.0, 1.0] * 200)  # a mean of 400 coin tosses: 0.5 +- 1.96 x 0.025
+    assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
