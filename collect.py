@@ -27,7 +27,7 @@ from colbench.tasks import load_tasks, load_trajectories
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
-        run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:train", n_tasks=300, k=6, candidate_share=0.2,
+        run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:train", n_tasks=300, k=6, candidate_share=0.12,
         human="scripted", parallel=256, max_new_tokens=96, agent_prompt="Ask about one missing detail at a time, then answer.",
     ),
     "llama": dict(  # the paper: 15,000 trajectories, 16 candidates at a tenth of their turns

@@ -37,8 +37,8 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
-    "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=2e-3, pairs_per_task=4, epochs=4,
-                 tokens_per_step=4096, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None),
+    "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=3e-4, pairs_per_task=4, epochs=2,
+                 tokens_per_step=1024, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
                   learning_rate=5e-5, pairs_per_task=0, epochs=4, tokens_per_step=8192, max_tokens=8192,
                   gradient_checkpointing=True, agent_prompt=AGENT_PROMPT),

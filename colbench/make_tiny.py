@@ -1,6 +1,9 @@
 """Makes colbench/tiny/, the embedded default: a Llama of two million weights that plays the mini benchmark badly.
 
-    python -m colbench.make_tiny            # about 8 minutes on 2 cores; writes colbench/tiny/
+    python -m colbench.make_tiny                                                        # about 8 minutes on 2 idle cores
+    python -m colbench.make_tiny --init colbench/tiny --steps 600 --line-weight 4 --first-text 100000                # 5
+    python -m colbench.make_tiny --init colbench/tiny --steps 450 --line-weight 4 --first-text 200000                # 4
+    python -m colbench.make_tiny --init colbench/tiny --steps 420 --line-weight 4 --first-text 300000                # 4
 
 It stands in for "Llama-3.1-8B-Instruct before RL" at a size that a laptop trains in minutes, and is made the way such a model
 comes about: by imitation of imperfect demonstrations. The demonstrator talks with the scripted human, knows what two of the
@@ -10,7 +13,8 @@ RL is to find: the meaning of the other eighty hints, and to wait until everythi
 Two things an 8B model brings along have to be taught here, both stated so that nobody mistakes them for results:
  - reading the hidden reference: half of the texts carry it in front, as the critic's prompt does, and half of those show a
    demonstrator who makes use of it; the human's sentences count in the loss there, which ties a detail's name to its line;
- - copying: a share of the texts are long, clean dialogues behind a marker that never occurs at play.
+ - turning what was told into code: a share of the texts are long, clean dialogues behind a marker that never occurs at play,
+   and in the later calls the tokens that are lines of code weigh four times as much.
 """
 
 import argparse
@@ -86,7 +90,7 @@ def demonstration(index: int, practice_share: float) -> tuple[list[dict], bool]:
     """Text number `index` of the warm start: (messages, whether the human's sentences count in the loss too)."""
     rng = random.Random(f"warm start {index}")
     practice, hidden_info = rng.random() < practice_share, rng.random() < 0.5
-    task = practice_task(rng) if practice else mini_task("train", index, seed=1_000_000)
+    task = practice_task(rng) if practice else mini_task("train", index, seed=1_000_000, details=(2, 3, 4))
     history = demonstrate(task, rng, informed=hidden_info and rng.random() < 0.5, clean=practice, turns=10)
     system = ("<|practice|>" if practice else "") + PRESETS["tiny"]["agent_prompt"]
     messages = [{"role": "system", "content": system}] + history

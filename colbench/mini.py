@@ -1,6 +1,6 @@
 """The bundled mini benchmark: Backend Programming tasks made from a seed, small enough for a model of two million weights.
 
-A shop wants the price of n items for d days. The request names two to four things the shop deals in; each of these *hints*
+A shop wants the price of n items for d days. The request names two or three things the shop deals in; each of these *hints*
 points to one of twenty *details* (porcelain -> insurance), and each detail of a task is one line of its hidden reference:
 
     request    Please write quote(n, d), the price of n items for d days. We deal in porcelain and ferries. The signature ...
@@ -72,11 +72,12 @@ def _total(numbers: dict[str, int], n: int, d: int) -> int:
     return total
 
 
-def mini_task(split: str, index: int, seed: int = 0) -> dict:
-    """Task number `index` of a split; a pure function of its arguments. A task is never in both splits: its content decides."""
+def mini_task(split: str, index: int, seed: int = 0, details: tuple = (2, 3)) -> dict:
+    """Task number `index` of a split; a pure function of its arguments. A task is never in both splits: its content decides.
+    details: how many of them a task may have."""
     rng = random.Random(f"{split} {seed} {index}")
     while True:
-        names = rng.sample(list(DETAILS), rng.choice((2, 3, 4)))
+        names = rng.sample(list(DETAILS), rng.choice(details))
         numbers = {name: rng.randint(2, 9) for name in names}
         hints = [rng.choice(DETAILS[name][1].split()) for name in names]
         content = json.dumps([sorted(numbers.items()), sorted(hints)])

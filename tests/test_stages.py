@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
     """A whole small run."""
     directory = tmp_path_factory.mktemp("run")
     run("collect.py", "--run", directory, *SMALL)
-    run("train_critic.py", "--run", directory, "--epochs", 2)
+    run("train_critic.py", "--run", directory, "--epochs", 4)
     run("train_policy.py", "--run", directory, "--epochs", 1)
     run("evaluate.py", "--run", directory, "--n-tasks", 30)
     return directory
@@ -61,7 +61,7 @@ def test_files_of_a_run(finished):
         assert all(len(m["candidates"]) == 16 and m["candidates"][0] == m["output"] for m in turns if "candidates" in m)
     share = sum("candidates" in m for t in trajectories for m in t["dialogue_history"]) / sum(
         m["role"] == "assistant" for t in trajectories for m in t["dialogue_history"])
-    assert 0.1 < share < 0.3  # the preset's fifth
+    assert 0.08 < share < 0.17  # the preset's 0.12
     for row in lines(finished / "preferences.jsonl"):
         assert len(row["candidates"]) == len(set(row["candidates"])) == len(row["advantages"])
     log = lines(finished / "critic_log.jsonl")
