@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
-    "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=3e-3, epochs=3, batch_size=32,
+    "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=3e-4, epochs=2, batch_size=32,
                  pairing="gap", skip_last_turn=True, nll_weight=1.0, tokens_per_step=1024, max_tokens=1024,
                  gradient_checkpointing=False),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
