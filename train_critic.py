@@ -161,6 +161,7 @@ def main():
     # π_ref: the same weights with adapters off; only full fine-tuning needs a second copy
     reference = model if args.lora_rank else load_model(args.model, args.load_in_4bit, accelerator.device)
     if not trained:
+        torch.manual_seed(args.seed)  # LoRA's A matrices start at random
         model = add_lora(model, args.lora_rank, args.gradient_checkpointing)
     model = accelerator.prepare(model)
     reference = accelerator.unwrap_model(model) if args.lora_rank else reference

@@ -152,6 +152,7 @@ def main():
     tokenizer = load_tokenizer(args.model)
     states = load_states(args, tokenizer)
     model = load_model(args.model, args.load_in_4bit, accelerator.device)
+    torch.manual_seed(args.seed)  # LoRA's A matrices start at random
     model = accelerator.prepare(add_lora(model, args.lora_rank, args.gradient_checkpointing))
     reference = accelerator.unwrap_model(model)  # π_ref: the same weights with adapters off; before step 1 they are equal
 

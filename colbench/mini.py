@@ -20,6 +20,7 @@ least one of the ten test calls. The lines commute, so any order of them is righ
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 
@@ -84,9 +85,10 @@ def mini_task(split: str, index: int, seed: int = 0, details: tuple = (2, 3)) ->
         if ("test" if hashlib.sha256(content.encode()).digest()[0] < 64 else "train") != split:
             continue
         calls = rng.sample([(n, d) for n in range(1, 21) for d in range(1, 21)], 10)
-        # every line must matter: leaving any one out changes at least one of the ten results
+        # every line must matter: no answer that lacks some of them passes all ten calls
         whole = [_total(numbers, *call) for call in calls]
-        if all([_total({m: v for m, v in numbers.items() if m != name}, *call) for call in calls] != whole for name in names):
+        parts = (part for size in range(len(names)) for part in itertools.combinations(names, size))
+        if all([_total({name: numbers[name] for name in part}, *call) for call in calls] != whole for part in parts):
             break
     rng.shuffle(hints)
     function = rng.choice(FUNCTIONS)

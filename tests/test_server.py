@@ -297,5 +297,5 @@ def test_ctrl_c_does_not_wait_for_requests_in_flight(serve):
         assert user.poll() is None
         time.sleep(0.05)
     user.send_signal(signal.SIGINT)
-    err = user.communicate(timeout=5)[1]
+    err = user.communicate(timeout=60)[1]
     assert user.returncode == 130 and err == "interrupted: the same command goes on from here\n"
