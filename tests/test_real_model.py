@@ -82,7 +82,7 @@ def server(folder, tmp_path_factory):
 
 def run(script, *args, code=0):
     done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=ROOT, env=OFFLINE, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=900)
     assert done.returncode == code, done.stdout[-1000:] + done.stderr[-3000:]
     return done
 
