@@ -253,6 +253,7 @@ def mixed(folder, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_four_bit_critic_and_policy(folder, tokenizer, mixed):
     """Stages 2 to 4 on 4-bit weights on a CPU: the loss falls, plain PEFT loads what was written, the policy can play."""
     four_bit = ["--run", mixed, "--model", folder, "--load-in-4bit", "--lora-rank", 8]
