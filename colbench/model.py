@@ -55,6 +55,9 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
             TINY if source == "tiny" else source, dtype=dtype, quantization_config=quantization, device_map={"": device},
             attn_implementation="sdpa",
         )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights at the first evaluation
+                module.support_avx512bf16_for_cpu = False  # on such a CPU, and no gradient passes repacked weights
         if is_lora:
             model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
