@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from colbench.files import UserError
 from colbench.server import Reply
 
 TINY = Path(__file__).parent / "tiny"
+LOGITS_AT_ONCE = 2**26  # message_logps holds at most so many logits, 256 MB in float32: 523 positions of a 128k vocabulary
 torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
 
 
@@ -52,9 +54,7 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
     ) if load_in_4bit else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            TINY if source == "tiny" else source, dtype=dtype, quantization_config=quantization, device_map={"": device},
-            attn_implementation="sdpa",
-        )
+            TINY if source == "tiny" else source, dtype=dtype, quantization_config=quantization, device_map={"": device})
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights at the first evaluation
                 module.support_avx512bf16_for_cpu = False  # on such a CPU, and no gradient passes repacked weights
@@ -84,10 +84,12 @@ def _cannot_load(name: str, error: Exception) -> str:
 
 
 def add_lora(model, rank: int, gradient_checkpointing: bool = False):
-    """Prepare for training: LoRA of this rank on every linear layer (alpha = 2 x rank), or all weights if rank is 0."""
+    """Prepare for training: LoRA of this rank on every linear layer (alpha = 2 x rank), or all weights if rank is 0.
+
+    PEFT's `prepare_model_for_kbit_training` is left out on purpose: it makes embeddings, head and norms float32, which costs
+    Llama-3.1-8B 2.1 GB and makes "adapters off" another model than the one that sampled.
+    """
     if rank:
-        if getattr(model, "is_loaded_in_4bit", False):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"))
     if gradient_checkpointing:
@@ -281,16 +283,46 @@ def message_logps(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
             leaf_of += [k] * len(leaf)
     targets = [token for trunk, spans, leaves in trees
                for message in [*(trunk[a:b] for a, b in spans), *leaves] for token in message]
-    device = next(model.parameters()).device
+    base = model.get_base_model() if isinstance(model, PeftModel) else model  # the adapters are inside its layers
+    device = base.device
     place, tree, leaf = torch.arange(len(ids), device=device), *torch.tensor([tree_of, leaf_of], device=device)
+    position = torch.tensor(positions, device=device)
     visible = (tree[:, None] == tree) & ((leaf == -1) | (leaf[:, None] == leaf)) & (place[:, None] >= place)  # (query, key)
-    logits = model(
-        input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
-        attention_mask=visible[None, None], use_cache=False, logits_to_keep=torch.tensor(predict, device=device),
-    ).logits[0]  # (tokens of all messages, vocabulary)
-    logps = -F.cross_entropy(logits.float(), torch.tensor(targets, device=device), reduction="none")
+    hidden = base.get_decoder()(
+        input_ids=torch.tensor([ids], device=device), position_ids=position[None],
+        attention_mask=_attention_masks(base, visible, position), use_cache=False,
+    ).last_hidden_state[0, torch.tensor(predict, device=device)]  # (tokens of all messages, hidden size)
+    chunk = max(1, LOGITS_AT_ONCE // base.get_output_embeddings().out_features)
+    logps = torch.cat([checkpoint(_token_logps, base, *part, use_reentrant=False) for part in zip(
+        hidden.split(chunk), torch.tensor(targets, device=device).split(chunk))])
     per_message = iter(logps.split(lengths))
     return [[next(per_message) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+
+
+def _attention_masks(base, visible: torch.Tensor, position: torch.Tensor):
+    """What the decoder takes as attention mask for visible (query, key): as it is, or kept to a window of positions (Mistral),
+    or one mask for each kind of layer (Gemma)."""
+    config = base.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    masks = {"full_attention": visible}
+    if window:
+        masks["sliding_attention"] = visible & (position[:, None] - position < window)
+    for kind, mask in masks.items():
+        if config._attn_implementation == "eager":  # it adds the mask to the scores
+            mask = torch.zeros_like(mask, dtype=base.dtype).masked_fill(~mask, torch.finfo(base.dtype).min)
+        masks[kind] = mask[None, None]
+    return masks if window and kinds else list(masks.values())[-1]
+
+
+def _token_logps(base, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probs of targets (n,) given the last layer's output hidden (n, hidden size), float32 (n,). Under `checkpoint` the
+    logits (n, vocabulary) are dropped after the forward pass and computed again, chunk by chunk, in the backward pass."""
+    config = base.config.get_text_config()
+    logits = base.get_output_embeddings()(hidden).float()
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 
 def tree_tokens(tree: tuple) -> int:

@@ -6,9 +6,11 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig,
+                          MistralConfig, Qwen2Config)
 
-from colbench.model import encode_dialogue, load_tokenizer, message_logps, pack
+import colbench.model
+from colbench.model import add_lora, encode_dialogue, load_tokenizer, message_logps, pack
 from train_critic import advantage, critic_loss, make_pairs, with_hidden_info
 from train_policy import draw_pairs, policy_loss
 
@@ -59,14 +61,21 @@ def test_pairs_of_candidates():
     assert draw_pairs([0.1, 0.1], random.Random(0), "gap", 4, 0.2) == []
 
 
-@pytest.fixture(scope="module")
-def model():
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+FAMILIES = {"llama": LlamaConfig(**SHAPE), "qwen2": Qwen2Config(**SHAPE),
+            "gemma2": Gemma2Config(**SHAPE, final_logit_softcapping=2.0, attn_logit_softcapping=3.0, sliding_window=8),
+            "mistral": MistralConfig(**SHAPE, sliding_window=8), "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=8),
+            "granite": GraniteConfig(**SHAPE, logits_scaling=3.0), "cohere": CohereConfig(**SHAPE, logit_scale=0.5)}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, monkeypatch):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256)
-    model = LlamaForCausalLM(config).double().eval()
+    model = AutoModelForCausalLM.from_config(FAMILIES[request.param]).double().eval()
     for parameter in model.parameters():  # far from the uniform distribution, so that a wrong mask shows
         torch.nn.init.normal_(parameter, std=0.3)
+    monkeypatch.setattr(colbench.model, "LOGITS_AT_ONCE", 7 * 97)  # several chunks
     return model
 
 
@@ -165,3 +174,24 @@ def test_hidden_info_is_in_the_critics_prompt_alone():
     seen = with_hidden_info(DIALOGUE, "def f(n, d):\n    return 7  # secret")
     assert "# secret" in seen[0]["content"] and seen[1:] == DIALOGUE[1:]
     assert "secret" not in str(DIALOGUE)  # the dialogue itself is untouched
+
+
+def test_logits_of_a_large_vocabulary_never_stand_in_memory_at_once(monkeypatch):
+    """Neither forward nor backward makes a tensor of all positions x vocabulary: no operation's result is that large."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            self.size = max([self.size, *(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))])
+            return out
+
+    monkeypatch.setattr(colbench.model, "LOGITS_AT_ONCE", 10 * 5000)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"vocab_size": 5000}))
+    tree = ([1] * 30, [], [[2] * 50, [3] * 50])
+    add_lora(model, 4)
+    with Largest() as seen:
+        sum(logps.sum() for logps in message_logps(model, [tree])[0]).backward()
+    assert seen.size <= 5000 * 32  # the head's own weights; all logits would be 5000 x 100
