@@ -194,4 +194,4 @@ def summary(args, lines: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory="lower --batch-tokens")

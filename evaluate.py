@@ -214,4 +214,4 @@ def report(args, lines: list[dict], order: list[tuple]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory="lower --batch-tokens")

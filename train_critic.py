@@ -18,7 +18,6 @@ RUN/preferences.jsonl: a line a state with messages, candidates and their advant
 """
 
 import argparse
-import contextlib
 import random
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_
 from colbench.model import (adapters_off, add_lora, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids,
                             message_logps, pack, tree_tokens)
 from colbench.tasks import load_trajectories
-from colbench.training import StepLog, load_checkpoint, save_checkpoint, save_trained
+from colbench.training import StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
 
 import torch
 import torch.nn.functional as F
@@ -158,31 +157,26 @@ def main():
     if not trained:
         trajectories, pairs, trees = load_pairs(args, tokenizer)
     model = load_model(args.model, args.load_in_4bit, accelerator.device, adapter=str(args.critic) if trained else None)
-    # π_ref: the same weights with adapters off; only full fine-tuning needs a second copy
-    reference = model if args.lora_rank else load_model(args.model, args.load_in_4bit, accelerator.device)
     if not trained:
         torch.manual_seed(args.seed)  # LoRA's A matrices start at random
         model = add_lora(model, args.lora_rank, args.gradient_checkpointing)
-    model = accelerator.prepare(model)
-    reference = accelerator.unwrap_model(model) if args.lora_rank else reference
+    # π_ref: the same weights with adapters off; only full fine-tuning needs a second copy
+    reference = model if args.lora_rank else load_model(args.model, args.load_in_4bit, accelerator.device)
 
     def reference_logps(trees):
         with torch.no_grad(), accelerator.autocast(), adapters_off(reference):
             return message_logps(reference, trees)
 
     if not trained:
-        train(args, accelerator, model, tokenizer, pairs, trees, reference_logps)
-    rank(args, accelerator, accelerator.unwrap_model(model).eval(), tokenizer, reference_logps)
+        train(args, accelerator, model, reference, tokenizer, pairs, trees, reference_logps)
+    rank(args, accelerator, model.eval(), tokenizer, reference_logps)
 
 
-def train(args, accelerator, model, tokenizer, pairs, trees, reference_logps):
+def train(args, accelerator, model, reference, tokenizer, pairs, trees, reference_logps):
     """The loop: batches of pairs in a seeded order, log-ratios to the reference, (2), AdamW. Writes RUN/critic."""
-    indices, ref_logps = list(trees), {}  # ref_logps: trajectory -> list over turns of (L_t,); the reference does not change
-    for group in tqdm(pack([tree_tokens(trees[i]) for i in indices], args.tokens_per_step), desc="reference", unit="batch",
-                      disable=not accelerator.is_main_process):
-        group = [indices[k] for k in group]
-        ref_logps.update(zip(group, reference_logps([trees[i] for i in group])))
-
+    # log π_ref, trajectory -> list over turns of (L_t,)
+    ref_logps = dict(zip(trees, cached_logps(accelerator, args.critic.with_name("critic_reference.jsonl"), reference,
+                                             list(trees.values()), args.tokens_per_step, reference_logps)))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
     steps_per_epoch = -(-len(pairs) // args.batch_size)
@@ -203,20 +197,21 @@ def train(args, accelerator, model, tokenizer, pairs, trees, reference_logps):
             mine, weight = batch[:1], 0.0
         groups = pack([tree_tokens(trees[a]) + tree_tokens(trees[b]) for a, b in mine], args.tokens_per_step)
         for group in groups:
-            with contextlib.nullcontext() if group is groups[-1] else accelerator.no_sync(model):
+            with accelerator.autocast():
                 logps = message_logps(model, [trees[index] for k in group for index in mine[k]])
-                total = 0.0
-                for (a, b), chosen, rejected in zip([mine[k] for k in group], logps[::2], logps[1::2]):
-                    loss, a_chosen, a_rejected = critic_loss(
-                        chosen, rejected, ref_logps[a], ref_logps[b], args.beta, args.nll_weight)
-                    total = total + weight * loss
-                    log.add(tree_tokens(trees[a]) + tree_tokens(trees[b]), **{
-                        "loss": loss, "margin": a_chosen - a_rejected, "rewards/accuracies": a_chosen > a_rejected,
-                        "rewards/chosen": args.beta * a_chosen, "rewards/rejected": args.beta * a_rejected,
-                        "rewards/margins": args.beta * (a_chosen - a_rejected),
-                        "logps/chosen": torch.cat(chosen).sum(), "logps/rejected": torch.cat(rejected).sum(),
-                    })
-                accelerator.backward(total)
+            total = 0.0
+            for (a, b), chosen, rejected in zip([mine[k] for k in group], logps[::2], logps[1::2]):
+                loss, a_chosen, a_rejected = critic_loss(chosen, rejected, ref_logps[a], ref_logps[b], args.beta, args.nll_weight)
+                total = total + weight * loss
+                log.add(tree_tokens(trees[a]) + tree_tokens(trees[b]), **{
+                    "loss": loss, "margin": a_chosen - a_rejected, "rewards/accuracies": a_chosen > a_rejected,
+                    "rewards/chosen": args.beta * a_chosen, "rewards/rejected": args.beta * a_rejected,
+                    "rewards/margins": args.beta * (a_chosen - a_rejected),
+                    "logps/chosen": torch.cat(chosen).sum(), "logps/rejected": torch.cat(rejected).sum(),
+                })
+            accelerator.backward(total)
+        for parameter in parameters:  # data parallel: the mean over the processes
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         gradient_norm = accelerator.clip_grad_norm_(parameters, 1.0)
         row = log.write(step, gradient_norm=float(gradient_norm), learning_rate=schedule.get_last_lr()[0])
         optimizer.step()
@@ -286,4 +281,4 @@ def rank(args, accelerator, model, tokenizer, reference_logps):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory="lower --tokens-per-step (the batch stays what it is) or --max-tokens")

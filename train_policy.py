@@ -18,7 +18,6 @@ Reads RUN/preferences.jsonl. Writes RUN/policy/ (a PEFT adapter) and RUN/policy_
 """
 
 import argparse
-import contextlib
 import random
 import statistics
 from pathlib import Path
@@ -26,7 +25,7 @@ from pathlib import Path
 from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
 from colbench.model import (adapters_off, add_lora, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids,
                             message_logps, pack, tree_tokens)
-from colbench.training import StepLog, load_checkpoint, save_checkpoint, save_trained
+from colbench.training import StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
 
 import torch
 import torch.nn.functional as F
@@ -153,15 +152,15 @@ def main():
     states = load_states(args, tokenizer)
     model = load_model(args.model, args.load_in_4bit, accelerator.device)
     torch.manual_seed(args.seed)  # LoRA's A matrices start at random
-    model = accelerator.prepare(add_lora(model, args.lora_rank, args.gradient_checkpointing))
-    reference = accelerator.unwrap_model(model)  # π_ref: the same weights with adapters off; before step 1 they are equal
+    model = add_lora(model, args.lora_rank, args.gradient_checkpointing)
 
-    sizes = [tree_tokens(state["tree"]) for state in states]
-    for group in tqdm(pack(sizes, args.tokens_per_step), desc="reference", unit="batch",
-                      disable=not accelerator.is_main_process):
-        with torch.no_grad(), accelerator.autocast(), adapters_off(reference):
-            for k, logps in zip(group, message_logps(reference, [states[k]["tree"] for k in group])):
-                states[k]["ref_logps"] = logps  # list over messages of (L,); computed once, the reference does not change
+    def reference_logps(trees):  # π_ref: the same weights with adapters off, or all weights before the first step
+        with torch.no_grad(), accelerator.autocast(), adapters_off(model):
+            return message_logps(model, trees)
+
+    trees = [state["tree"] for state in states]
+    ref_logps = cached_logps(accelerator, args.policy.with_name("policy_reference.jsonl"), model, trees, args.tokens_per_step,
+                             reference_logps)  # state -> list over messages of (L,)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
@@ -183,25 +182,27 @@ def main():
         mine = batch[accelerator.process_index::accelerator.num_processes]
         if not mine:  # more processes than states: take part in the gradient's average with nothing
             mine, weight = batch[:1], 0.0
-        groups = pack([sizes[k] for k in mine], args.tokens_per_step)
-        for group in groups:
-            with contextlib.nullcontext() if group is groups[-1] else accelerator.no_sync(model):
-                logps = message_logps(model, [states[mine[k]]["tree"] for k in group])
-                total = 0.0
-                for state, messages in zip([states[mine[k]] for k in group], logps):
-                    ref = state["ref_logps"]
-                    for a, b in state["pairs"]:
-                        loss, reward_chosen, reward_rejected = policy_loss(
-                            messages[a], messages[b], ref[a], ref[b], args.beta, args.nll_weight)
-                        total = total + weight * loss
-                        log.add(tree_tokens(state["tree"]) / len(state["pairs"]), **{
-                            "loss": loss, "rewards/accuracies": reward_chosen > reward_rejected,
-                            "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected,
-                            "rewards/margins": reward_chosen - reward_rejected,
-                            "margin": (reward_chosen - reward_rejected) / args.beta,
-                            "logps/chosen": messages[a].sum(), "logps/rejected": messages[b].sum(),
-                        })
-                accelerator.backward(total)
+        for group in pack([tree_tokens(trees[k]) for k in mine], args.tokens_per_step):
+            group = [mine[place] for place in group]
+            with accelerator.autocast():
+                logps = message_logps(model, [trees[k] for k in group])
+            total = 0.0
+            for k, messages in zip(group, logps):
+                ref = ref_logps[k]
+                for a, b in states[k]["pairs"]:
+                    loss, reward_chosen, reward_rejected = policy_loss(
+                        messages[a], messages[b], ref[a], ref[b], args.beta, args.nll_weight)
+                    total = total + weight * loss
+                    log.add(tree_tokens(trees[k]) / len(states[k]["pairs"]), **{
+                        "loss": loss, "rewards/accuracies": reward_chosen > reward_rejected,
+                        "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected,
+                        "rewards/margins": reward_chosen - reward_rejected,
+                        "margin": (reward_chosen - reward_rejected) / args.beta,
+                        "logps/chosen": messages[a].sum(), "logps/rejected": messages[b].sum(),
+                    })
+            accelerator.backward(total)
+        for parameter in parameters:  # data parallel: the mean over the processes
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         gradient_norm = accelerator.clip_grad_norm_(parameters, 1.0)
         row = log.write(step, gradient_norm=float(gradient_norm), learning_rate=schedule.get_last_lr()[0])
         optimizer.step()
@@ -218,4 +219,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory="lower --tokens-per-step (the batch stays what it is) or --max-tokens")

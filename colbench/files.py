@@ -20,8 +20,11 @@ class UserError(Exception):
     """Bad input or a setting that cannot work. The message is one line that says what is wrong and what to do."""
 
 
-def run_main(main):
-    """Run main(). A user's error is one line on stderr and exit code 2, Ctrl-C is 130. Bugs keep their traceback."""
+def run_main(main, out_of_memory="less memory is needed"):
+    """Run main(). A user's error is one line on stderr and exit code 2, Ctrl-C is 130. Bugs keep their traceback.
+
+    out_of_memory: what to do then. torch's own error classes are told by name and text, so that torch is not needed here.
+    """
     try:
         main()
         sys.stdout.flush()
@@ -32,6 +35,10 @@ def run_main(main):
     except BrokenPipeError:  # the reader of a pipe (`| head`) went away: end as quietly as a C program does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        _leave(f"error: out of memory: {out_of_memory}; the same command then goes on from here", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

@@ -92,6 +92,10 @@ def add_lora(model, rank: int, gradient_checkpointing: bool = False):
     if rank:
         model = get_peft_model(model, LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"))
+    elif getattr(model, "is_loaded_in_4bit", False):
+        raise UserError("--lora-rank 0 trains all weights, which 4-bit weights do not allow: add --no-load-in-4bit")
+    else:
+        model = model.float()  # an optimiser's steps are too small for bfloat16 weights
     if gradient_checkpointing:
         model.enable_input_require_grads()  # frozen embeddings: without it no gradient reaches a checkpointed block
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -224,3 +224,30 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
     assert all(word in errors[0] for word in words), errors[0]
     left = [p for p in (tmp_path / "run").glob("*") if not p.name.startswith(".lock") and p.stat().st_size]
     assert not left, left
+
+
+def test_out_of_memory_is_one_line_that_names_the_flag(collected):
+    """A real allocation that fails: address space is capped at little more than the imports take, all goes into one forward pass."""
+    peak = subprocess.run([sys.executable, "-c", "import train_critic; print(open('/proc/self/status').read())"], cwd=ROOT,
+                          check=True, capture_output=True, text=True).stdout.split("VmPeak:")[1].split()[0]
+    command = f"ulimit -v {int(peak) + 600_000}; exec {sys.executable} {ROOT / 'train_critic.py'} --run {collected} --tokens-per-step 1000000"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: out of memory: lower --tokens-per-step (the batch stays what it is) or --max-tokens; the same command then goes on from here"]
+
+
+def test_reference_log_probs_are_computed_once(collected):
+    """Another run on the same pairs takes them from the file; a cut file is completed, and the losses are the same."""
+    args = ["--run", collected, "--epochs", 1, "--save-every", 1000]
+    run("train_critic.py", *args)
+    cache, log = collected / "critic_reference.jsonl", lines(collected / "critic_log.jsonl")
+    whole, first = cache.read_bytes(), cache.stat().st_mtime_ns
+    shutil.rmtree(collected / "critic")
+    run("train_critic.py", *args)
+    assert cache.stat().st_mtime_ns == first and without_clock(lines(collected / "critic_log.jsonl")) == without_clock(log)
+    shutil.rmtree(collected / "critic")
+    cache.write_bytes(whole[:len(whole) // 2])
+    run("train_critic.py", *args, "--learning-rate", "2e-3")
+    assert cache.read_bytes() == whole
+    assert lines(collected / "critic_log.jsonl")[0]["loss"] == log[0]["loss"]
