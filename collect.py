@@ -17,13 +17,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from colbench.dialogue import AGENT_PROMPT, check_failures, play, prompt_messages, said
+from colbench.dialogue import AGENT_PROMPT, keep_sound, play, prompt_messages, said
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of, write_aside
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer
 from colbench.scorer import Scorer, share
 from colbench.server import ServerChat
-from colbench.tasks import load_tasks, load_trajectories
+from colbench.tasks import failed, load_tasks, load_trajectories
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
@@ -50,7 +50,7 @@ def parse_args():
     group.add_argument("--tasks", help="mini:train, a .jsonl file or a hub data set ID:train (default: %(default)s)")
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
     group.add_argument("--add-candidates-to", metavar="FILE", help="play nothing, complete the trajectories of this file")
-    group.add_argument("--retry-errors", action="store_true", help="play dialogues again that ended in an error")
+    group.add_argument("--retry-errors", action="store_true", help="play dialogues again that an error ended")
     group = parser.add_argument_group("agent")
     group.add_argument("--model", help="hub id or folder (default: %(default)s)")
     group.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="NF4 weights (default: %(default)s)")
@@ -90,18 +90,20 @@ def main():
     if args.add_candidates_to:
         todo = load_trajectories(args.add_candidates_to)
     else:
-        tasks = load_tasks(args.tasks, args.n_tasks)
+        tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())  # a task twice is one task
         todo = [(task, sample) for sample in range(args.k) for task in tasks]  # as published: samples n_tasks lines apart
     order = [(t["id"], t["sample"]) for t in todo] if args.add_candidates_to else [(t["id"], s) for t, s in todo]
     if args.retry_errors:
-        lines = [line for line in lines if not line["outcome"].startswith("error")]
+        lines = [line for line in lines if not failed(line)]
         rewrite(args.trajectories, lines, order)
-    done = {(line["id"], line["sample"]) for line in lines}
-    todo = [item for item, key in zip(todo, order) if key not in done]
-    if not todo:
+    done = {(line["id"], line["sample"]): line for line in lines}
+    missing = [key for key in order if key not in done]
+    if not missing:
+        if list(done) != order:  # killed before the last step
+            rewrite(args.trajectories, lines, order)
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
         return
-    print(f"{len(todo)} of {len(order)} trajectories to make, {len(lines)} are there; agent {args.agent_server or args.model}, "
+    print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; agent {args.agent_server or args.model}, "
           f"human {args.human}, {args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
 
     if args.agent_server:
@@ -113,14 +115,15 @@ def main():
                     max_new_tokens=args.max_new_tokens, seed=args.seed)
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.trajectories, "a", encoding="utf-8") as output:
         if args.add_candidates_to:
-            batches = complete(agent, todo, args)
+            batches = complete(agent, todo, done, args)
         else:
             human = make_human(args.human, chat=agent, model=args.human_model)
-            batches = play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
-                           parallel=args.parallel, **settings)
-        recent, bar = [], tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
+            servers = [chat for chat in (agent, getattr(human, "chat", None)) if isinstance(chat, ServerChat)]
+            batches = keep_sound(play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
+                                      parallel=args.parallel, done=done, **settings), servers)
+        bar = tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
         for episodes in batches:
-            unscored = [e for e in episodes if "reward" not in e and not e["outcome"].startswith("error")]
+            unscored = [e for e in episodes if "reward" not in e and not failed(e)]
             for episode, result in zip(unscored, scorer.score_many([(e["task"], e["answer"]) for e in unscored])):
                 episode["reward"], episode["scores"] = share(result, args.scorer), result
             for episode in episodes:
@@ -129,17 +132,20 @@ def main():
             bar.update(len(episodes))
             rewards = [line["reward"] for line in lines if "reward" in line]
             bar.set_postfix(reward=f"{sum(rewards) / max(1, len(rewards)):.3f}")
-            check_failures(episodes, recent)
         bar.close()
     rewrite(args.trajectories, lines, order)
     summary(args, lines)
 
 
-def complete(agent, trajectories: list[dict], args):
+def complete(agent, trajectories: list[dict], done: dict, args):
     """Add candidates to a share of the turns of finished trajectories; yields them in lists. The message that was played is
-    the first candidate. Its seeds and its share of the turns are those of `play`."""
+    the first candidate. Its seeds and its share of the turns are those of `play`. What an interrupted run has `done` is sampled
+    again where it shares a list with what is missing, so that the batches, and with them all last bits, stay the same."""
     for start in range(0, len(trajectories), args.parallel):
         chunk = trajectories[start:start + args.parallel]
+        missing = [t for t in chunk if (t["id"], t["sample"]) not in done]
+        if not missing:
+            continue
         turns, prompts, seeds = [], [], []
         for trajectory in chunk:
             trajectory.setdefault("outcome", "answered")
@@ -159,7 +165,9 @@ def complete(agent, trajectories: list[dict], args):
                 tqdm.write(f"no candidates for a turn of task {trajectory['id']}: {failed}")
                 continue
             message["candidates"] = [message.get("output") or message["content"]] + [said(c.text)[1] for c in candidates]
-        yield chunk
+        if any(isinstance(c, Exception) for row in replies for c in row) and isinstance(agent, ServerChat):
+            agent.check()  # if it is down, its UserError ends the run before these lines are written
+        yield missing
 
 
 def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
@@ -176,7 +184,7 @@ def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
 
 def summary(args, lines: list[dict]) -> None:
     """What was made, and whether stage 2 can use it: it needs tasks whose trajectories differ in reward."""
-    good = [line for line in lines if not line["outcome"].startswith("error")]
+    good = [line for line in lines if not failed(line)]
     rewards = {}
     for line in good:
         rewards.setdefault(line["id"], set()).add(line["reward"])
@@ -184,7 +192,7 @@ def summary(args, lines: list[dict]) -> None:
     states = sum("candidates" in m for line in good for m in line["dialogue_history"])
     replies = [m for line in good for m in line["dialogue_history"][1:] if m["role"] == "user"]
     n = max(1, len(good))
-    print(f"{args.trajectories}: {len(good)} trajectories of {len(rewards)} tasks, {len(lines) - len(good)} errors; "
+    print(f"{args.trajectories}: {len(good)} trajectories of {len(rewards)} tasks, {len(lines) - len(good)} that failed; "
           f"tests passed {sum(line['reward'] for line in good) / n:.1%}, success {sum(line['reward'] == 1 for line in good) / n:.1%}, "
           f"{sum(turns) / n:.1f} turns, {sum(line['outcome'] == 'limit' for line in good) / n:.1%} answered at the limit")
     print(f"{sum(len(r) > 1 for r in rewards.values())} tasks have trajectories of different reward (the critic learns from "

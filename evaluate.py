@@ -15,13 +15,13 @@ import json
 import math
 from pathlib import Path
 
-from colbench.dialogue import AGENT_PROMPT, check_failures, play
+from colbench.dialogue import AGENT_PROMPT, keep_sound, play
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, write_aside
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
 from colbench.scorer import Scorer, share, success
 from colbench.server import ServerChat
-from colbench.tasks import load_tasks
+from colbench.tasks import failed, load_tasks
 
 import numpy as np
 from peft import PeftModel
@@ -48,7 +48,7 @@ def parse_args():
     group.add_argument("--metrics", help="output (default: RUN/metrics.json)")
     group.add_argument("--tasks", help="mini:test, a .jsonl file or a hub data set ID:test (default: %(default)s)")
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
-    group.add_argument("--retry-errors", action="store_true", help="play dialogues again that ended in an error")
+    group.add_argument("--retry-errors", action="store_true", help="play dialogues again that an error ended")
     group = parser.add_argument_group("agents")
     group.add_argument("--policies", nargs="+", metavar="POLICY",
                        help="base, or folders that train_policy.py wrote (default: base RUN/policy)")
@@ -88,26 +88,27 @@ def parse_args():
 
 def main():
     args = parse_args()
-    tasks = load_tasks(args.tasks, args.n_tasks)
+    tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())  # a task twice is one task
     lock = lock_run(args.episodes.parent, "evaluate")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
     order = [(policy, task["id"], sample) for policy in args.policies for sample in range(args.k) for task in tasks]
     if args.retry_errors:
-        lines = [line for line in lines if not line["outcome"].startswith("error")]
+        lines = [line for line in lines if not failed(line)]
         rewrite(args.episodes, lines, order)
-    done = {(line["policy"], line["id"], line["sample"]) for line in lines}
-    todo = {policy: [(task, s) for s in range(args.k) for task in tasks if (policy, task["id"], s) not in done]
-            for policy in args.policies}
-    if not any(todo.values()):
+    done = {policy: {(line["id"], line["sample"]): line for line in lines if line["policy"] == policy} for policy in args.policies}
+    todo = [(task, sample) for sample in range(args.k) for task in tasks]
+    missing = {policy: sum((task["id"], s) not in done[policy] for task, s in todo) for policy in args.policies}
+    if not any(missing.values()):
+        rewrite(args.episodes, lines, order)  # for a run that was killed before its last step
         print(f"{args.episodes} is complete: nothing to play")
         report(args, lines, order)
         return
-    print(f"{sum(map(len, todo.values()))} of {len(order)} episodes to play on {args.tasks}: "
+    print(f"{sum(missing.values())} of {len(order)} episodes to play on {args.tasks}: "
           f"{', '.join(args.policies)}; human {args.human}")
     tokenizer = base = None
     if not args.agent_server:
         tokenizer, base = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
-    model, recent = base, []
+    model = base
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
         for policy in args.policies:
             if args.agent_server:
@@ -121,11 +122,13 @@ def main():
                 weights = model if isinstance(model, PeftModel) else base
                 human = make_human(args.human, LocalChat(weights, tokenizer, adapters=False, batch_tokens=args.batch_tokens),
                                    args.human_model)
-            wins, bar = 0, tqdm(total=len(todo[policy]), desc=policy, unit="episode", smoothing=0)
-            for episodes in play(agent, human, todo[policy], agent_prompt=args.agent_prompt, max_turns=args.max_turns,
-                                 n_candidates=1, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                                 parallel=args.parallel, seed=args.seed):
-                sound = [e for e in episodes if not e["outcome"].startswith("error")]
+            servers = [chat for chat in (agent, getattr(human, "chat", None)) if isinstance(chat, ServerChat)]
+            batches = play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns, n_candidates=1,
+                           temperature=args.temperature, max_new_tokens=args.max_new_tokens, parallel=args.parallel,
+                           seed=args.seed, done=done[policy])
+            wins, bar = 0, tqdm(total=missing[policy], desc=policy, unit="episode", smoothing=0)
+            for episodes in keep_sound(batches, servers):
+                sound = [e for e in episodes if not failed(e)]
                 for episode, result in zip(sound, scorer.score_many([(e["task"], e["answer"]) for e in sound])):
                     episode["reward"], episode["scores"] = share(result, "fixed"), result
                     wins += success(result, "fixed")
@@ -135,7 +138,6 @@ def main():
                 lines += episodes
                 bar.update(len(episodes))
                 bar.set_postfix(success=f"{wins / bar.n:.3f}")
-                check_failures(episodes, recent)
             bar.close()
     rewrite(args.episodes, lines, order)
     report(args, lines, order)
@@ -176,7 +178,7 @@ def metrics_of(lines: list[dict]) -> dict:
     turns: agent messages an episode. tokens_a_message: as the agent's model counts them. answered_at_limit: share of episodes
     whose last turn came without an answer. leak_rate: share of human replies with code of the reference in the first draft.
     """
-    sound = [line for line in lines if not line["outcome"].startswith("error")]
+    sound = [line for line in lines if not failed(line)]
     n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
     result = {"episodes": len(sound), "errors": len(lines) - len(sound)}
     for mode in ("fixed", "official"):

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of
-from colbench.model import (adapters_off, add_lora, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids,
-                            message_logps, pack, tree_tokens)
-from colbench.tasks import load_trajectories
-from colbench.training import StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
+from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
+                            message_ids, message_logps, pack, tree_tokens)
+from colbench.tasks import failed, load_trajectories
+from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ def load_pairs(args, tokenizer):
     """Trajectories, their pairs, and the tree (token ids, spans of the agent's turns) of every trajectory in a pair."""
     everything = load_trajectories(args.trajectories)
     for number, trajectory in enumerate(everything, 1):
-        if "reward" not in trajectory and not trajectory.get("outcome", "").startswith("error"):
+        if "reward" not in trajectory and not failed(trajectory):
             raise UserError(f"{args.trajectories}:{number}: reward: missing; score it with collect.py --add-candidates-to")
         trajectory.setdefault("system", (args.agent_prompt or AGENT_PROMPT).replace("{max_turns}", str(MAX_TURNS)))
     trajectories = [t for t in everything if "reward" in t]
@@ -145,14 +145,15 @@ def load_pairs(args, tokenizer):
 
 def main():
     args = parse_args()
-    if args.critic.exists() and args.preferences.exists() and not states_to_rank(args):
-        print(f"{args.critic} and {args.preferences} are complete: nothing to do; next: python train_policy.py")
-        return
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.run,
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
-        lock = lock_run(args.run, "critic")  # noqa: F841  held until the process ends
+        lock = lock_run(args.critic.parent, "critic")  # noqa: F841  held until the process ends
+    if args.critic.exists() and args.preferences.exists() and not states_to_rank(args)[1]:
+        print(f"{args.critic} and {args.preferences} are complete: nothing to do; next: python train_policy.py")
+        return
     tokenizer = load_tokenizer(args.model)
+    args.max_tokens = min(args.max_tokens, context_length(args.model))
     trained = args.critic.exists()
     if not trained:
         trajectories, pairs, trees = load_pairs(args, tokenizer)
@@ -189,6 +190,7 @@ def train(args, accelerator, model, reference, tokenizer, pairs, trees, referenc
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="critic", unit="step",
                disable=not accelerator.is_main_process)
     for step in bar:
+        torch.manual_seed(seed_of(args.seed, "critic", step, accelerator.process_index))  # for models with dropout
         epoch, place = divmod(step, steps_per_epoch)
         order = random.Random(seed_of(args.seed, "critic", epoch)).sample(pairs, len(pairs))
         batch = order[place * args.batch_size:(place + 1) * args.batch_size]
@@ -214,18 +216,23 @@ def train(args, accelerator, model, reference, tokenizer, pairs, trees, referenc
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         gradient_norm = accelerator.clip_grad_norm_(parameters, 1.0)
         row = log.write(step, gradient_norm=float(gradient_norm), learning_rate=schedule.get_last_lr()[0])
-        optimizer.step()
+        if log.sound:  # no NaN or infinity in any process's loss or gradient; else the step is left out and counted
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['rewards/accuracies']:.2f}", margin=f"{row['margin']:.3f}")
+        if log.unsound_in_a_row == 5:
+            save_checkpoint(accelerator, args.critic, model, optimizer, schedule, step + 1)
+            raise UserError(f"step {step}: {DIVERGED}")
+        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], margin=row["margin"], skipped=row["skipped"])
         if (step + 1) % args.save_every == 0:
             save_checkpoint(accelerator, args.critic, model, optimizer, schedule, step + 1)
     accelerator.end_training()
     save_trained(accelerator, args.critic, model, tokenizer, vars(args))
 
 
-def states_to_rank(args) -> list[dict]:
-    """States with candidates that have no line in preferences.jsonl yet; exact duplicates among candidates are dropped."""
+def states_to_rank(args) -> tuple[list[dict], set]:
+    """All states with candidates, exact duplicates among these dropped, and (id, sample, turn) of those that have no line in
+    preferences.jsonl yet."""
     done = {(line["id"], line["sample"], line["turn"]) for line in repair_jsonl(args.preferences)}
     states = []
     for trajectory in load_trajectories(args.trajectories):
@@ -233,7 +240,7 @@ def states_to_rank(args) -> list[dict]:
         turn = 0
         for i, message in enumerate(trajectory["dialogue_history"]):
             turn += message["role"] == "assistant"
-            if message.get("candidates") and (trajectory["id"], trajectory["sample"], turn) not in done:
+            if message.get("candidates"):
                 states.append({
                     "id": trajectory["id"], "sample": trajectory["sample"], "turn": turn,
                     "last_turn": turn == trajectory.get("max_turns", MAX_TURNS),
@@ -241,17 +248,21 @@ def states_to_rank(args) -> list[dict]:
                     "candidates": list(dict.fromkeys(message["candidates"])),
                     "reference": trajectory["task"]["ground_truth"],
                 })
-    if not states and not done:
+    if not states:
         raise UserError(f"{args.trajectories}: no candidates to rank; add them with collect.py --add-candidates-to {args.trajectories}")
-    return states
+    return states, {(state["id"], state["sample"], state["turn"]) for state in states} - done
 
 
 def rank(args, accelerator, model, tokenizer, reference_logps):
-    """Advantage (1) of every candidate of every state: same tokens and same prompt, c included, for critic and reference."""
-    states, end_id, left_out = states_to_rank(args), end_of_turn(tokenizer), 0
+    """Advantage (1) of every candidate of every state: same tokens and same prompt, c included, for critic and reference. After
+    an interruption a chunk that lacks a state is computed as a whole: its batches, and with them the last bits, stay the same."""
+    (states, missing), end_id, left_out = states_to_rank(args), end_of_turn(tokenizer), 0
     chunk = 16 * accelerator.num_processes
     bar = tqdm(total=len(states), desc="ranking", unit="state", disable=not accelerator.is_main_process)
     for start in range(0, len(states), chunk):
+        if missing.isdisjoint((state["id"], state["sample"], state["turn"]) for state in states[start:start + chunk]):
+            bar.update(len(states[start:start + chunk]))
+            continue
         mine = states[start:start + chunk][accelerator.process_index::accelerator.num_processes]
         jobs = []  # (number of the state, tree); a state with long candidates becomes several trees
         for number, state in enumerate(mine):
@@ -271,12 +282,13 @@ def rank(args, accelerator, model, tokenizer, reference_logps):
                 mine[jobs[k][0]]["advantages"] += [advantage(*both).item() for both in zip(candidates, ref_candidates)]
         rows = sorted(gather_object(mine), key=lambda row: (row["id"], row["sample"], row["turn"]))
         for row in rows if accelerator.is_main_process else ():
-            append_jsonl(args.preferences, row)
-            left_out += "left_out" in row
+            if (row["id"], row["sample"], row["turn"]) in missing:
+                append_jsonl(args.preferences, row)
+                left_out += "left_out" in row
         bar.update(len(rows))
     bar.close()
     if accelerator.is_main_process:
-        print(f"{args.preferences}: {len(states) - left_out} states ranked, {left_out} left out for their length")
+        print(f"{args.preferences}: {len(missing) - left_out} states ranked, {left_out} left out for their length")
         print("next: python train_policy.py" + (f" --run {args.run}" if args.run != "runs/tiny" else ""))
 
 

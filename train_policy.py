@@ -18,14 +18,15 @@ Reads RUN/preferences.jsonl. Writes RUN/policy/ (a PEFT adapter) and RUN/policy_
 """
 
 import argparse
+import math
 import random
 import statistics
 from pathlib import Path
 
 from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
-from colbench.model import (adapters_off, add_lora, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids,
-                            message_logps, pack, tree_tokens)
-from colbench.training import StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
+from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
+                            message_ids, message_logps, pack, tree_tokens)
+from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +114,8 @@ def load_states(args, tokenizer) -> list[dict]:
     """States with pairs: {"tree": (prompt ids, [], distinct messages' ids), "pairs": [(leaf of a+, leaf of a−), ...]}."""
     rows = []
     for number, row in numbered_rows(args.preferences, ("id", "sample", "turn", "messages", "candidates", "advantages")):
-        if len(row["candidates"]) != len(row["advantages"]):
-            raise UserError(f"{args.preferences}:{number}: advantages: as many as candidates are wanted")
+        if len(row["candidates"]) != len(row["advantages"]) or not all(map(math.isfinite, row["advantages"])):
+            raise UserError(f"{args.preferences}:{number}: advantages: as many finite numbers as candidates are wanted")
         if len(row["candidates"]) > 1 and not (args.skip_last_turn and row.get("last_turn")):
             rows.append(row)
     advantages = [a for row in rows for a in row["advantages"]]
@@ -141,14 +142,15 @@ def load_states(args, tokenizer) -> list[dict]:
 
 def main():
     args = parse_args()
-    if args.policy.exists():
-        print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (delete the folder to train again)")
-        return
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.run,
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
-        lock = lock_run(args.run, "policy")  # noqa: F841  held until the process ends
+        lock = lock_run(args.policy.parent, "policy")  # noqa: F841  held until the process ends
+    if args.policy.exists():
+        print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (delete the folder to train again)")
+        return
     tokenizer = load_tokenizer(args.model)
+    args.max_tokens = min(args.max_tokens, context_length(args.model))
     states = load_states(args, tokenizer)
     model = load_model(args.model, args.load_in_4bit, accelerator.device)
     torch.manual_seed(args.seed)  # LoRA's A matrices start at random
@@ -175,6 +177,7 @@ def main():
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", unit="step",
                disable=not accelerator.is_main_process)
     for step in bar:
+        torch.manual_seed(seed_of(args.seed, "policy", step, accelerator.process_index))  # for models with dropout
         epoch, place = divmod(step, steps_per_epoch)
         order = random.Random(seed_of(args.seed, "policy", epoch)).sample(range(len(states)), len(states))
         batch = order[place * states_per_step:(place + 1) * states_per_step]
@@ -205,10 +208,14 @@ def main():
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         gradient_norm = accelerator.clip_grad_norm_(parameters, 1.0)
         row = log.write(step, gradient_norm=float(gradient_norm), learning_rate=schedule.get_last_lr()[0])
-        optimizer.step()
+        if log.sound:  # no NaN or infinity in any process's loss or gradient; else the step is left out and counted
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['rewards/accuracies']:.2f}", margin=f"{row['margin']:.2f}")
+        if log.unsound_in_a_row == 5:
+            save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1)
+            raise UserError(f"step {step}: {DIVERGED}")
+        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], margin=row["margin"], skipped=row["skipped"])
         if (step + 1) % args.save_every == 0:
             save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1)
     accelerator.end_training()

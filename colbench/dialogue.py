@@ -10,6 +10,7 @@ Collection and evaluation both go through `play`.
 
 from colbench.files import UserError, seed_of
 from colbench.model import render
+from colbench.tasks import FAILED, failed
 
 MARKER = "I WANT TO ANSWER:"
 MAX_TURNS = 10
@@ -40,15 +41,21 @@ def prompt_messages(system: str, history: list[dict]) -> list[dict]:
 
 
 def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, n_candidates=16, candidate_share=0.0,
-         temperature=1.0, max_new_tokens=1024, parallel=64, seed=0):
+         temperature=1.0, max_new_tokens=1024, parallel=64, seed=0, done=None):
     """Play many dialogues at once; yields lists of finished episodes, in the order in which they end.
 
     agent: anything with `.sample` (LocalChat, ServerChat); human: anything with `.reply` and `.leaked`; todo: list of (task, sample number).
     At a `candidate_share` of the turns n_candidates messages are sampled; the first of them is the one played, and it is the
     one that would have been played without the others. All seeds come from (seed, task id, sample, turn).
-    An error of agent or human ends that dialogue with outcome "error: ..." and touches no other.
+    An error of agent or human ends that dialogue with outcome "simulation_failed" and touches no other; "error" says why.
     An episode is a line of trajectories.jsonl but for the scores.
+    done: {(task id, sample): episode} of what an interrupted run has finished. These are not played and not yielded; but where all
+    is local they are followed from turn to turn, and sampled anew beside one that is missing. So that one meets the batches it
+    would have met without the interruption, and is the same to the last bit; it costs at most `max_turns` batches.
     """
+    done = done or {}
+    if not (getattr(agent, "repeatable", False) and getattr(human, "repeatable", False)):
+        todo, done = [(task, sample) for task, sample in todo if (task["id"], sample) not in done], {}
     waiting, active = list(reversed(todo)), []
     system = agent_prompt.replace("{max_turns}", str(max_turns))
     while waiting or active:
@@ -59,36 +66,50 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
                 "answer": None, "outcome": None,
                 "dialogue_history": [{"role": "user", "content": task["problem_description"]}],
             })
-        seeds = []
+        records = {id(e): done[e["id"], e["sample"]] for e in active if (e["id"], e["sample"]) in done}
+        missing, seeds = len(records) < len(active), []
         for episode in active:
             names = (seed, episode["id"], episode["sample"], len(episode["dialogue_history"]))
             rank = seed_of(*names, "candidates") / 2**63
             seeds.append([seed_of(*names, "agent", k) for k in range(n_candidates if rank < candidate_share else 1)])
         prompts = [prompt_messages(system, episode["dialogue_history"]) for episode in active]
-        replies = agent.sample(prompts, seeds, temperature=temperature, max_new_tokens=max_new_tokens)
+        replies = agent.sample(prompts, seeds, temperature=temperature, max_new_tokens=max_new_tokens) if missing else active
         for episode, prompt, messages in zip(active, prompts, replies):
-            _agent_turn(agent, episode, prompt, messages, max_turns)
+            if id(episode) in records:
+                _follow(episode, records[id(episode)])
+            else:
+                _agent_turn(agent, episode, prompt, messages, max_turns)
 
         asking = [episode for episode in active if episode["outcome"] is None]
         human_seeds = [seed_of(seed, e["id"], e["sample"], len(e["dialogue_history"]), "human") for e in asking]
         histories = [prompt_messages("", e["dialogue_history"])[1:] for e in asking]
-        texts = human.reply([e["task"] for e in asking], histories, human_seeds) if asking else []
-        for episode, text, leaked in zip(asking, texts, human.leaked if asking else []):
-            if isinstance(text, Exception):
-                episode["outcome"] = f"error: human: {type(text).__name__}: {text}"
+        texts = human.reply([e["task"] for e in asking], histories, human_seeds) if asking and missing else asking
+        for episode, text, leaked in zip(asking, texts, human.leaked if asking and missing else asking):
+            if id(episode) in records:
+                place = len(episode["dialogue_history"])
+                episode["dialogue_history"].append(records[id(episode)]["dialogue_history"][place])
+            elif isinstance(text, Exception):
+                episode["outcome"], episode["error"] = FAILED, f"human: {type(text).__name__}: {text}"
             else:
                 episode["dialogue_history"].append({"role": "user", "content": text} | ({"leaked": True} if leaked else {}))
-        finished = [episode for episode in active if episode["outcome"]]
+        finished = [episode for episode in active if episode["outcome"] and id(episode) not in records]
         active = [episode for episode in active if not episode["outcome"]]
         if finished:
             yield finished
 
 
+def _follow(episode: dict, record: dict) -> None:
+    """Put the agent's message of a finished dialogue into the episode that repeats it, and end that where the record ends."""
+    episode["dialogue_history"] += record["dialogue_history"][len(episode["dialogue_history"]):][:1]
+    if len(episode["dialogue_history"]) == len(record["dialogue_history"]):
+        episode["outcome"] = record["outcome"]
+
+
 def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_turns: int) -> None:
     """Put the agent's message (the first of `messages`) into the episode and end the episode if it is an answer."""
-    failed = next((message for message in messages if isinstance(message, Exception)), None)
-    if failed is not None:
-        episode["outcome"] = f"error: agent: {type(failed).__name__}: {failed}"
+    error = next((message for message in messages if isinstance(message, Exception)), None)
+    if error is not None:
+        episode["outcome"], episode["error"] = FAILED, f"agent: {type(error).__name__}: {error}"
         return
     content, output = said(messages[0].text)
     turn = {"role": "assistant", "content": content, "output": output, "tokens": messages[0].tokens}
@@ -103,10 +124,26 @@ def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_tu
         episode["outcome"] = "answered" if MARKER in content else "limit"
 
 
-def check_failures(episodes: list[dict], recent: list[bool], window: int = 50) -> None:
-    """Stop a run in which nothing works any more: UserError when the last `window` dialogues all ended in an error."""
-    recent.extend(episode["outcome"].startswith("error") for episode in episodes)
-    del recent[:-window]
-    if len(recent) == window and all(recent):
-        raise UserError(f"the last {window} dialogues all failed ({episodes[-1]['outcome']}); when that is mended, "
-                        "the same command with --retry-errors goes on")
+def keep_sound(batches, servers, window: int = 50):
+    """Pass on what `play` yields, failed dialogues only where they are the dialogues' own fault.
+
+    After a failure each of `servers` (ServerChat) is asked for a word. If one does not answer, its UserError ends the run, and
+    the failed dialogues are not passed on: the same command plays them again. So it is when `window` dialogues in a row fail.
+    """
+    held = []
+    for episodes in batches:
+        bad = [episode for episode in episodes if failed(episode)]
+        if len(bad) < len(episodes):
+            yield [episode for episode in episodes if not failed(episode)]
+        if bad:
+            for server in servers:
+                server.check()
+        if len(bad) < len(episodes) and held:
+            yield held
+            held = []
+        held += bad
+        if len(held) >= window:
+            raise UserError(f"the last {len(held)} dialogues all failed ({held[-1]['error']}) and are left out; when that is "
+                            "mended, the same command goes on")
+    if held:
+        yield held

@@ -35,14 +35,23 @@ def run_main(main, out_of_memory="less memory is needed"):
     except BrokenPipeError:  # the reader of a pipe (`| head`) went away: end as quietly as a C program does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+    except Exception as error:
+        reason = _outer_cause(error, out_of_memory)
+        if reason is None:
             raise
-        _leave(f"error: out of memory: {out_of_memory}; the same command then goes on from here", 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _leave(f"error: {error.filename or 'output'}: {error.strerror}", 2)
+        _leave(f"error: {reason}", 2)
+
+
+def _outer_cause(error, out_of_memory):
+    """One line on an error that is the machine's and no bug's (disk, rights, memory), else None."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO):
+        return f"{error.filename or 'output'}: {error.strerror}"
+    words = " ".join(str(error).split())
+    if "No space left on device" in words or "File too large" in words:  # safetensors tells it in its own class
+        return f"output: {words[:200]}; the same command goes on once there is room"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in words:
+        return f"out of memory: {out_of_memory}; the same command then goes on from here"
+    return None
 
 
 def _leave(message, code):
@@ -128,7 +137,11 @@ def write_aside(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     _remove(temporary)  # left by a kill
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:  # a full disk needs the room
+        _remove(temporary)
+        raise
     if path.is_dir():  # no rename replaces a directory that is not empty
         _exchange(temporary, path)
         _remove(temporary)
@@ -136,7 +149,7 @@ def write_aside(path, write):
         os.replace(temporary, path)
 
 
-def _remove(path):
+def _remove(path):  # no error if it is not there
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -66,6 +66,7 @@ class ModelHuman:
 
     def __init__(self, chat, max_characters=400, prompt=HUMAN_PROMPT):
         self.chat, self.max_characters, self.prompt = chat, max_characters, prompt
+        self.repeatable = getattr(chat, "repeatable", False)
         self.replies = self.leaks = self.cuts = 0
 
     def reply(self, tasks, histories, seeds):
@@ -215,6 +216,8 @@ class ScriptedHuman:
     message: the one whose keywords the agent's question covers best, among equals the one mentioned first. Of a list of
     three or more things only the first is heard: reading out all the things there could be finds nothing out sooner.
     """
+
+    repeatable = True
 
     def __init__(self):
         self.replies = self.leaks = self.cuts = 0

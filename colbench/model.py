@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from colbench.files import UserError
 from colbench.server import Reply
@@ -37,6 +37,15 @@ def load_tokenizer(name: str):
     if not tokenizer.chat_template:
         raise UserError(f"--model {name}: its tokenizer has no chat template; an instruction-tuned model is wanted")
     return tokenizer
+
+
+def context_length(name: str) -> int:
+    """Tokens that the model's positions reach; a large number where its configuration does not say."""
+    try:
+        config = AutoConfig.from_pretrained(TINY if name == "tiny" else name).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_cannot_load(name, error)) from None
+    return getattr(config, "max_position_embeddings", 1 << 30)
 
 
 def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device | None = None, adapter: str | None = None):
@@ -168,7 +177,10 @@ class LocalChat:
 
     adapters: False samples from the base model under a PEFT model's adapters.
     batch_tokens: bound on rows x (prompt + new tokens) in one batch; lower it when memory runs out.
+    repeatable: equal calls give equal messages on one machine.
     """
+
+    repeatable = True
 
     def __init__(self, model, tokenizer, adapters: bool = True, batch_tokens: int = 65536):
         self.model, self.tokenizer, self.adapters, self.batch_tokens = model, tokenizer, adapters, batch_tokens

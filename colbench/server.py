@@ -16,9 +16,13 @@ Reply = namedtuple("Reply", "text tokens")  # tokens: how many were generated, o
 class ServerChat:
     """Samples chat messages from a server. Same `sample` as colbench.model.LocalChat.
 
+    repeatable: whether equal calls give equal messages. A server puts requests together as it likes.
+
     Retries (connection errors, time-outs, 408, 409, 429, 5xx), back-off and Retry-After are the openai client's own; a
     request that the server refuses for good, such as a dialogue longer than its context (400), is sent once.
     """
+
+    repeatable = False
 
     def __init__(self, base_url, model=None, api_key=None, timeout=120, max_retries=4, concurrency=32):
         """base_url: `http://host:port` means `http://host:port/v1`. model None: the first one that the server lists.

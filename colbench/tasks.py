@@ -9,6 +9,7 @@ from pathlib import Path
 from colbench.files import UserError, numbered_rows
 
 HUB_FILES = {"test": "backend_tasks/test.jsonl", "train": "backend_tasks/train.jsonl"}
+FAILED = "simulation_failed"  # the outcome of a dialogue that an error of agent or human ended; "error" says which
 MINI_SIZES = {"train": 1000, "test": 300}  # tasks of `mini:train` and `mini:test` when no limit is given
 
 
@@ -44,8 +45,8 @@ def load_trajectories(source, limit=None):
     trajectories of a task in file order where the file has none; a number that is taken already (two files put
     together) becomes the next free one, so (id, sample) is unique. A missing `answer` is the last assistant message,
     after the answer marker if it has one. A missing `reward` stays missing. Content null counts as "".
-    A line whose "outcome" starts with "error" is a dialogue that broke off: it is kept, and may lack an assistant
-    message and an answer (then ""); callers leave such lines out.
+    A line whose "outcome" is "simulation_failed" (once "error: ...") is a dialogue that broke off: it is kept, and may
+    lack an assistant message and an answer (then ""); callers leave such lines out.
     """
     path = local_path(source)
     trajectories, seen = [], set()
@@ -56,7 +57,7 @@ def load_trajectories(source, limit=None):
         task = _task(row["task"], f"{where}: task")
         if isinstance(row.get("id"), str):
             task["id"] = row["id"]
-        broke_off = str(row.get("outcome", "")).startswith("error")
+        broke_off = failed(row)
         dialogue = _dialogue(row["dialogue_history"], where, broke_off)
         answer = row.get("answer")
         if answer is None:
@@ -77,6 +78,12 @@ def load_trajectories(source, limit=None):
     if not trajectories:
         raise UserError(f"{path}: no trajectories in it")
     return trajectories
+
+
+def failed(line):
+    """Whether a line's dialogue broke off for an error of agent or human: it has no reward and counts in no rate."""
+    outcome = str(line.get("outcome"))
+    return outcome == FAILED or outcome.startswith("error")  # the latter in older files
 
 
 def parse_test_cases(value):

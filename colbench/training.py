@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import math
+import os
+import pickle
 import resource
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,8 +16,11 @@ import transformers
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from colbench.files import append_jsonl, repair_jsonl, write_aside
+from colbench.files import UserError, append_jsonl, repair_jsonl, write_aside
 from colbench.model import pack, tree_tokens
+
+DIVERGED = ("loss or gradient was NaN or infinite five times in a row; a checkpoint of the last sound weights is written; try a "
+            "lower --learning-rate (delete the checkpoint to start anew), or give the same command to go on behind these batches")
 
 
 def cached_logps(accelerator, path: Path, model, trees: list[tuple], budget: int, compute) -> list[list[torch.Tensor]]:
@@ -62,28 +69,52 @@ def checkpoint_path(output: Path) -> Path:
     return output.with_name(output.name + ".checkpoint")
 
 
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the newest one is."""
+    return path.with_name(path.name + ".previous")
+
+
 def save_checkpoint(accelerator, output: Path, model, optimizer, schedule, step: int) -> None:
-    """Trained weights, optimiser and schedule after `step` steps, written aside and renamed. The data order needs no state: it
-    is a function of seed and epoch; and no random number is drawn inside a step."""
+    """Trained weights, optimiser and schedule after `step` steps, written aside and renamed; the one before is kept. Data order
+    and random numbers need no state: the order is a function of seed and epoch, and each step sets its own seed."""
     if accelerator.is_main_process:
+        path = checkpoint_path(output)
         weights = {n: p.detach().cpu() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         state = {"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        write_aside(checkpoint_path(output), lambda temporary: torch.save(state, temporary))
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:  # torch's own writer tells a full disk in its own words
+                torch.save(state, file)
+            if path.exists():
+                os.replace(path, previous(path))
+        write_aside(path, write)
 
 
 def load_checkpoint(accelerator, output: Path, model, optimizer, schedule) -> int:
-    """Restore what save_checkpoint wrote; returns the number of steps done, 0 if there is no checkpoint."""
-    path = checkpoint_path(output)
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    parameters = dict(accelerator.unwrap_model(model).named_parameters())
-    with torch.no_grad():
-        for name, value in state["weights"].items():
-            parameters[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["step"]
+    """Restore what save_checkpoint wrote, or what it wrote the time before if that is damaged; returns the number of steps done,
+    0 if there is no sound checkpoint."""
+    for path in (checkpoint_path(output), previous(checkpoint_path(output))):
+        if not path.exists():
+            continue
+        try:
+            damaged = zipfile.ZipFile(path).testzip()  # compares all checksums, which torch.load does not
+            state = torch.load(path, map_location="cpu", weights_only=True) if not damaged else None
+        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            damaged = " ".join(str(error).split())[:80]
+        if damaged:
+            if accelerator.is_main_process:
+                print(f"{path}: damaged ({damaged}), the one before is taken", file=sys.stderr)
+            continue
+        parameters = {n: p for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        if {n: p.shape for n, p in parameters.items()} != {n: p.shape for n, p in state["weights"].items()}:
+            raise UserError(f"{path}: is of another model or --lora-rank; give that again, or delete the file to start anew")
+        with torch.no_grad():
+            for name, value in state["weights"].items():
+                parameters[name].copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        return state["step"]
+    return 0
 
 
 def save_trained(accelerator, output: Path, model, tokenizer, settings: dict) -> None:
@@ -97,19 +128,27 @@ def save_trained(accelerator, output: Path, model, tokenizer, settings: dict) ->
             if (temporary / "README.md").exists():  # PEFT's empty model card
                 (temporary / "README.md").unlink()
         write_aside(output, write)
-        checkpoint_path(output).unlink(missing_ok=True)
+        newest = checkpoint_path(output)
+        for path in (newest, previous(newest), newest.with_name(f".{newest.name}.new")):  # the last: of a kill while it was written
+            path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
 
 class StepLog:
-    """One JSON line a step: the means of what was added since the last line, over micro-batches and processes."""
+    """One JSON line a step: the means of what was added since the last line, over micro-batches and processes.
+
+    sound: whether loss and gradient of the last line are finite; the same in every process, for a NaN or an infinity anywhere
+    reaches the means and the shared gradient. "skipped" counts the lines that are not; in these, what is not finite is null.
+    """
 
     def __init__(self, accelerator, path: Path, first_step: int):
         """On resume the lines from `first_step` on are dropped: those steps are done again."""
         self.accelerator, self.path, self.sums, self.count = accelerator, path, {}, 0
         self.since, self.tokens = time.time(), 0
+        self.sound, self.skipped, self.unsound_in_a_row = True, 0, 0
         if accelerator.is_main_process:
             rows = [row for row in repair_jsonl(path) if row["step"] < first_step]
+            self.skipped = rows[-1].get("skipped", 0) if rows else 0
 
             def write(temporary: Path) -> None:
                 temporary.touch()
@@ -134,11 +173,15 @@ class StepLog:
         seconds = time.time() - self.since
         row = {"step": step, **{name: total / max(1, sums[0]) for name, total in zip(names, sums[2:])}, **more,
                "tokens_per_second": sums[1] / seconds, "peak_memory_gb": peak_memory_gb()}
+        self.sound = math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])
+        self.skipped += not self.sound
+        self.unsound_in_a_row = 0 if self.sound else self.unsound_in_a_row + 1
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()} | {"skipped": self.skipped}
         row = {name: round(value, 6) if isinstance(value, float) and abs(value) > 1e-2 else value for name, value in row.items()}
         self.sums, self.count, self.tokens, self.since = {}, 0, 0, time.time()
         if self.accelerator.is_main_process:
             append_jsonl(self.path, row)
-        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step" and value is not None}, step=step)
         return row
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from colbench import sandbox
-from colbench.files import UserError
 from colbench.scorer import Scorer, share
 
 ROOT = Path(__file__).resolve().parent.parent
