@@ -2,6 +2,7 @@
 
     python train_policy.py                                        # embedded default: runs/tiny/policy
     python train_policy.py --preset llama --run runs/llama        # 4-bit Llama-3.1-8B with the paper's settings
+    python train_policy.py --algorithm multi-turn-dpo --policy runs/tiny/dpo    # a baseline of the paper; so is rft
     accelerate launch --num_processes 2 train_policy.py ...       # data parallel
 
 At each state (a dialogue so far, o) up to 16 candidate messages are ranked by their advantage A_θ(o, a, c). A pair is a random
@@ -14,7 +15,13 @@ with w = 0.01 in the paper. The embedded model has few sensible messages at a st
 halves are then half noise: its preset draws pairs by `--pairing gap` (a near-best over a clearly worse one), leaves out the last
 turn, where every message ends the episode alike, and takes a larger w. `--pairing halves --nll-weight 0.01` is the paper's.
 
-Reads RUN/preferences.jsonl. Writes RUN/policy/ (a PEFT adapter) and RUN/policy_log.jsonl. Interrupted, the same command goes on.
+The baselines need no critic. `multi-turn-dpo` is (3) with all messages of the agent in a trajectory τ+ of higher reward as a+, those
+of a τ− of the same task as a−. `rft`, rejection fine-tuning, is NLL on the agent's messages of successful trajectories:
+
+    (4)  J(φ) = −1/L Σ_l log π_φ(a^l | o, a^<l),   all L agent tokens of a τ with r(τ) = 1
+
+Reads RUN/preferences.jsonl (baselines: RUN/trajectories.jsonl). Writes RUN/policy/ (a PEFT adapter) and RUN/policy_log.jsonl.
+Interrupted, the same command goes on.
 """
 
 import argparse
@@ -23,10 +30,13 @@ import random
 import statistics
 from pathlib import Path
 
+from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages
 from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
 from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
                             message_ids, message_logps, pack, tree_tokens)
+from colbench.tasks import load_trajectories, of_first_tasks
 from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
+from train_critic import make_pairs
 
 import torch
 import torch.nn.functional as F
@@ -36,23 +46,26 @@ from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=3e-4, epochs=2, batch_size=32,
-                 pairing="gap", skip_last_turn=True, nll_weight=1.0, tokens_per_step=1024, max_tokens=1024,
+                 pairing="gap", skip_last_turn=True, nll_weight=1.0, pairs_per_task=4, tokens_per_step=1024, max_tokens=1024,
                  gradient_checkpointing=False),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
                   learning_rate=5e-5, epochs=1, batch_size=8, pairing="halves", skip_last_turn=False, nll_weight=0.01,
-                  tokens_per_step=8192, max_tokens=8192, gradient_checkpointing=True),
+                  pairs_per_task=0, tokens_per_step=8192, max_tokens=8192, gradient_checkpointing=True),
 }
+BASELINES = {("tiny", "multi-turn-dpo"): dict(batch_size=8, epochs=2), ("tiny", "rft"): dict(batch_size=8, epochs=2)}
 
 
 def parse_args():
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
-    preset = first.parse_known_args()[0].preset
+    first.add_argument("--algorithm", choices=("sweet", "multi-turn-dpo", "rft"), default="sweet", help="(default: %(default)s)")
+    known = first.parse_known_args()[0]
     parser = argparse.ArgumentParser(
         description=__doc__, parents=[first], formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("files")
     group.add_argument("--run", help="directory of this run (default: %(default)s)")
     group.add_argument("--preferences", help="input (default: RUN/preferences.jsonl)")
+    group.add_argument("--trajectories", help="input of the baselines (default: RUN/trajectories.jsonl)")
     group.add_argument("--policy", help="output: the trained agent (default: RUN/policy)")
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="hub id or folder (default: %(default)s)")
@@ -66,9 +79,14 @@ def parse_args():
     group.add_argument("--pairs-per-state", type=int, default=4, help="(default: %(default)s)")
     group.add_argument("--skip-last-turn", action=argparse.BooleanOptionalAction,
                        help="leave out states of the last turn (default: %(default)s)")
+    group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most so many pairs of trajectories, drawn at random; "
+                       "0: all (default: %(default)s)")
+    group.add_argument("--max-trajectories", type=int, default=0, help="baselines: only so many, of the first tasks; 0: all "
+                       "(default: %(default)s)")
     group = parser.add_argument_group("objective")
     group.add_argument("--beta", type=float, default=0.1, help="β′ of (3) (default: %(default)s)")
     group.add_argument("--nll-weight", type=float, help="w of (3) (default: %(default)s)")
+    group.add_argument("--official", action="store_true", help="as the released code has it: NLL over the prompt's tokens too")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning-rate", type=float, help="peak; 10%% warm-up, linear decay (default: %(default)s)")
     group.add_argument("--epochs", type=int, help="(default: %(default)s)")
@@ -79,19 +97,24 @@ def parse_args():
     group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--log-with", choices=("tensorboard", "wandb"), help="also log there, through accelerate")
-    parser.set_defaults(**PRESETS[preset])
+    parser.set_defaults(algorithm=known.algorithm, **PRESETS[known.preset] | BASELINES.get((known.preset, known.algorithm), {}))
     args = parser.parse_args()
     args.preferences = Path(args.preferences or Path(args.run) / "preferences.jsonl")
+    args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")
+    if args.official and args.algorithm != "sweet":
+        raise UserError("--official concerns --algorithm sweet")
     args.policy = Path(args.policy or Path(args.run) / "policy")
     return args
 
 
-def policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_weight: float):
+def policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_weight: float, nll_tokens=None):
     """(3) for one pair a+, a− at one state. chosen, rejected: (L,) log-probs of the messages' tokens under π_φ, ref_*: the same
-    under π_ref. Returns (loss, β′ log-ratio of a+, β′ log-ratio of a−); the latter two are DPO's implicit rewards."""
+    under π_ref. Returns (loss, β′ log-ratio of a+, β′ log-ratio of a−); the latter two are DPO's implicit rewards.
+    nll_tokens: log-probs that the NLL is taken of, where these are not `chosen`."""
     reward_chosen = beta * (chosen - ref_chosen).sum()  # β′ [ log π_φ(a+|o) − log π_ref(a+|o) ]
     reward_rejected = beta * (rejected - ref_rejected).sum()  # β′ [ log π_φ(a−|o) − log π_ref(a−|o) ]
-    loss = -F.logsigmoid(reward_chosen - reward_rejected) + nll_weight * -chosen.mean()
+    nll = -(chosen if nll_tokens is None else nll_tokens).mean()
+    loss = -F.logsigmoid(reward_chosen - reward_rejected) + nll_weight * nll
     return loss, reward_chosen, reward_rejected
 
 
@@ -111,7 +134,8 @@ def draw_pairs(advantages: list[float], rng: random.Random, pairing: str, n: int
 
 
 def load_states(args, tokenizer) -> list[dict]:
-    """States with pairs: {"tree": (prompt ids, [], distinct messages' ids), "pairs": [(leaf of a+, leaf of a−), ...]}."""
+    """States with pairs: {"trees": [(prompt ids, [], distinct messages' ids)], "pairs": [([number of a+], [number of a−]), ...]};
+    the numbers are those of the messages in message_logps' order. With --official the prompt is message 0."""
     rows = []
     for number, row in numbered_rows(args.preferences, ("id", "sample", "turn", "messages", "candidates", "advantages")):
         if len(row["candidates"]) != len(row["advantages"]) or not all(map(math.isfinite, row["advantages"])):
@@ -131,8 +155,10 @@ def load_states(args, tokenizer) -> list[dict]:
         too_long += len(pairs) - len(fitting)
         used = sorted({k for pair in fitting for k in pair})
         if fitting:
-            states.append({"tree": (prompt, [], [leaves[k] for k in used]),
-                           "pairs": [(used.index(a), used.index(b)) for a, b in fitting]})
+            prompt_tokens = [(1, len(prompt))] if args.official else []
+            number = {k: i + len(prompt_tokens) for i, k in enumerate(used)}
+            states.append({"trees": [(prompt, prompt_tokens, [leaves[k] for k in used])],
+                           "pairs": [([number[a]], [number[b]]) for a, b in fitting]})
     if not states:
         raise UserError(f"{args.preferences}: no pair to learn from: {len(rows)} states with two candidates or more, none with a "
                         f"pair by --pairing {args.pairing} within --max-tokens {args.max_tokens}")
@@ -140,18 +166,44 @@ def load_states(args, tokenizer) -> list[dict]:
     return states
 
 
+def load_baseline(args, tokenizer) -> list[dict]:
+    """Multi-turn DPO: {"trees": [τ+, τ−], "pairs": [(numbers of τ+'s agent messages, numbers of τ−'s)]} for each pair.
+    Rejection fine-tuning: {"trees": [τ], "pairs": [(numbers of τ's agent messages, [])]} for each successful τ."""
+    trajectories = [t for t in of_first_tasks(load_trajectories(args.trajectories), args.max_trajectories) if "reward" in t]
+    if args.algorithm == "rft":
+        groups = [(i,) for i, t in enumerate(trajectories) if t["reward"] == 1]
+    else:
+        groups = make_pairs(trajectories, args.pairs_per_task, args.seed)
+    trees = {}
+    for i in sorted({i for group in groups for i in group}):
+        system = trajectories[i].get("system", AGENT_PROMPT.replace("{max_turns}", str(MAX_TURNS)))
+        trees[i] = (*encode_dialogue(tokenizer, prompt_messages(system, trajectories[i]["dialogue_history"])), [])
+    units = []
+    for group in groups:
+        if all(tree_tokens(trees[i]) <= args.max_tokens for i in group):
+            turns = [len(trees[i][1]) for i in group]
+            units.append({"trees": [trees[i] for i in group],
+                          "pairs": [(list(range(turns[0])), list(range(turns[0], sum(turns))))]})
+    if not units:
+        what = "no trajectory of reward 1" if args.algorithm == "rft" else "no task with two trajectories of different reward"
+        raise UserError(f"{args.trajectories}: nothing to learn from: {what} within --max-tokens {args.max_tokens}, among "
+                        f"{len(trajectories)} scored trajectories")
+    print(f"{len(units)} {'trajectories' if args.algorithm == 'rft' else 'pairs'}; {len(groups) - len(units)} left out for their length")
+    return units
+
+
 def main():
     args = parse_args()
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.run,
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
-        lock = lock_run(args.policy.parent, "policy")  # noqa: F841  held until the process ends
+        lock = lock_run(args.policy.parent, args.policy.name)  # noqa: F841  held until the process ends
     if args.policy.exists():
         print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (delete the folder to train again)")
         return
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
-    states = load_states(args, tokenizer)
+    units = load_states(args, tokenizer) if args.algorithm == "sweet" else load_baseline(args, tokenizer)
     model = load_model(args.model, args.load_in_4bit, accelerator.device)
     torch.manual_seed(args.seed)  # LoRA's A matrices start at random
     model = add_lora(model, args.lora_rank, args.gradient_checkpointing)
@@ -160,18 +212,22 @@ def main():
         with torch.no_grad(), accelerator.autocast(), adapters_off(model):
             return message_logps(model, trees)
 
-    trees = [state["tree"] for state in states]
-    ref_logps = cached_logps(accelerator, args.policy.with_name("policy_reference.jsonl"), model, trees, args.tokens_per_step,
-                             reference_logps)  # state -> list over messages of (L,)
+    beside = lambda name: args.policy.with_name(args.policy.name + name)  # noqa: E731  policy -> policy_log.jsonl
+    if args.algorithm != "rft":
+        ref_logps = iter(cached_logps(accelerator, beside("_reference.jsonl"), model, [tree for unit in units for tree in unit["trees"]],
+                                      args.tokens_per_step, reference_logps))
+        for unit in units:
+            unit["ref_logps"] = [logps for _ in unit["trees"] for logps in next(ref_logps)]  # a list over messages of (L,)
+    sizes = [sum(map(tree_tokens, unit["trees"])) for unit in units]
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
-    states_per_step = max(1, args.batch_size // args.pairs_per_state)
-    steps_per_epoch = -(-len(states) // states_per_step)
+    units_per_step = max(1, args.batch_size // (args.pairs_per_state if args.algorithm == "sweet" else 1))
+    steps_per_epoch = -(-len(units) // units_per_step)
     steps = args.epochs * steps_per_epoch
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     first = load_checkpoint(accelerator, args.policy, model, optimizer, schedule)
-    log = StepLog(accelerator, Path(args.run) / "policy_log.jsonl", first)
+    log = StepLog(accelerator, beside("_log.jsonl"), first)
     accelerator.init_trackers("policy", config={name: str(value) for name, value in vars(args).items()})
     model.train()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", unit="step",
@@ -179,30 +235,35 @@ def main():
     for step in bar:
         torch.manual_seed(seed_of(args.seed, "policy", step, accelerator.process_index))  # for models with dropout
         epoch, place = divmod(step, steps_per_epoch)
-        order = random.Random(seed_of(args.seed, "policy", epoch)).sample(range(len(states)), len(states))
-        batch = order[place * states_per_step:(place + 1) * states_per_step]
-        weight = accelerator.num_processes / sum(len(states[k]["pairs"]) for k in batch)
+        order = random.Random(seed_of(args.seed, "policy", epoch)).sample(range(len(units)), len(units))
+        batch = order[place * units_per_step:(place + 1) * units_per_step]
+        weight = accelerator.num_processes / sum(len(units[k]["pairs"]) for k in batch)
         mine = batch[accelerator.process_index::accelerator.num_processes]
         if not mine:  # more processes than states: take part in the gradient's average with nothing
             mine, weight = batch[:1], 0.0
-        for group in pack([tree_tokens(trees[k]) for k in mine], args.tokens_per_step):
+        for group in pack([sizes[k] for k in mine], args.tokens_per_step):
             group = [mine[place] for place in group]
             with accelerator.autocast():
-                logps = message_logps(model, [trees[k] for k in group])
+                logps = iter(message_logps(model, [tree for k in group for tree in units[k]["trees"]]))
             total = 0.0
-            for k, messages in zip(group, logps):
-                ref = ref_logps[k]
-                for a, b in states[k]["pairs"]:
-                    loss, reward_chosen, reward_rejected = policy_loss(
-                        messages[a], messages[b], ref[a], ref[b], args.beta, args.nll_weight)
+            for k in group:
+                messages = [message for _ in units[k]["trees"] for message in next(logps)]
+                for a, b in units[k]["pairs"]:
+                    chosen = torch.cat([messages[i] for i in a])  # log π_φ(a+|o), (L,); of all turns of τ+ in the baselines
+                    if args.algorithm == "rft":
+                        loss = -chosen.mean()  # (4)
+                        values = {}
+                    else:
+                        rejected, ref = torch.cat([messages[i] for i in b]), units[k]["ref_logps"]
+                        loss, reward_chosen, reward_rejected = policy_loss(
+                            chosen, rejected, torch.cat([ref[i] for i in a]), torch.cat([ref[i] for i in b]), args.beta,
+                            args.nll_weight, torch.cat([messages[0], chosen]) if args.official else None)
+                        values = {"rewards/accuracies": reward_chosen > reward_rejected,
+                                  "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected,
+                                  "rewards/margins": reward_chosen - reward_rejected,
+                                  "margin": (reward_chosen - reward_rejected) / args.beta, "logps/rejected": rejected.sum()}
                     total = total + weight * loss
-                    log.add(tree_tokens(trees[k]) / len(states[k]["pairs"]), **{
-                        "loss": loss, "rewards/accuracies": reward_chosen > reward_rejected,
-                        "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected,
-                        "rewards/margins": reward_chosen - reward_rejected,
-                        "margin": (reward_chosen - reward_rejected) / args.beta,
-                        "logps/chosen": messages[a].sum(), "logps/rejected": messages[b].sum(),
-                    })
+                    log.add(sizes[k] / len(units[k]["pairs"]), **{"loss": loss, "logps/chosen": chosen.sum(), **values})
             accelerator.backward(total)
         for parameter in parameters:  # data parallel: the mean over the processes
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
@@ -215,14 +276,15 @@ def main():
         if log.unsound_in_a_row == 5:
             save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1)
             raise UserError(f"step {step}: {DIVERGED}")
-        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], margin=row["margin"], skipped=row["skipped"])
+        bar.set_postfix(loss=row["loss"], accuracy=row.get("rewards/accuracies"), margin=row.get("margin"), skipped=row["skipped"])
         if (step + 1) % args.save_every == 0:
             save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1)
     accelerator.end_training()
     save_trained(accelerator, args.policy, model, tokenizer, vars(args))
     if accelerator.is_main_process:
-        print(f"{args.policy}: trained on {sum(len(s['pairs']) for s in states)} pairs in {steps} steps")
-        print("next: python evaluate.py" + (f" --run {args.run}" if args.run != "runs/tiny" else ""))
+        print(f"{args.policy}: trained on {sum(len(unit['pairs']) for unit in units)} {args.algorithm} examples in {steps} steps")
+        print("next: python evaluate.py" + (f" --run {args.run}" if args.run != "runs/tiny" else "")
+              + (f" --policies base {args.policy}" if args.policy.name != "policy" else ""))
 
 
 if __name__ == "__main__":

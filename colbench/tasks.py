@@ -80,6 +80,14 @@ def load_trajectories(source, limit=None):
     return trajectories
 
 
+def of_first_tasks(trajectories, n):
+    """The first n trajectories, task by task (a file has them sample by sample), so that few still hold pairs; 0: all."""
+    order = {}
+    for trajectory in trajectories:
+        order.setdefault(trajectory["id"], len(order))
+    return sorted(trajectories, key=lambda trajectory: order[trajectory["id"]])[:n] if n else trajectories
+
+
 def failed(line):
     """Whether a line's dialogue broke off for an error of agent or human: it has no reward and counts in no rate."""
     outcome = str(line.get("outcome"))
