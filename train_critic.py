@@ -13,20 +13,27 @@ It is learned from whole trajectories only, Bradley-Terry on pairs of one task w
 
     (2)  J(θ) = −log σ( β Σ_t A_θ(o_t+, a_t+, c) − β Σ_t A_θ(o_t−, a_t−, c) ) + 0.01 · NLL(τ+)
 
+Other critics, by --critic: `regression`, A_θ = a linear head on the message's mean last hidden state, trained by (2) without NLL;
+`value`, the same head as success probability, trained by binary cross-entropy on every turn; and three that need no training:
+`untrained`, log-ratio of the base model with c to itself without; `judge`, the base model is asked which of two messages is better;
+`rollout`, the dialogue is played on from each candidate and the rewards are averaged.
+
 Reads RUN/trajectories.jsonl. Writes RUN/critic/ (a PEFT adapter), RUN/critic_log.jsonl (a line a step) and
 RUN/preferences.jsonl: a line a state with messages, candidates and their advantages. Interrupted, the same command goes on.
 """
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
-from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages
+from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages, states_with_candidates
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of
-from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
-                            message_ids, message_logps, pack, tree_tokens)
-from colbench.tasks import failed, load_trajectories
-from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
+from colbench.judges import judge_scores, rollout_scores
+from colbench.model import (adapters_off, add_lora, candidate_trees, context_length, encode_dialogue, load_model, load_tokenizer,
+                            message_logps, message_means, pack, tree_tokens)
+from colbench.tasks import failed, load_trajectories, of_first_tasks
+from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +44,12 @@ from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=3e-4, pairs_per_task=4, epochs=2,
-                 tokens_per_step=1024, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None),
+                 tokens_per_step=1024, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None, human="scripted", max_new_tokens=96),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
                   learning_rate=5e-5, pairs_per_task=0, epochs=4, tokens_per_step=8192, max_tokens=8192,
-                  gradient_checkpointing=True, agent_prompt=AGENT_PROMPT),
+                  gradient_checkpointing=True, agent_prompt=AGENT_PROMPT, human="self", max_new_tokens=1024),
 }
+TRAINED, UNTRAINED = ("logprob", "regression", "value"), ("untrained", "judge", "rollout")
 HIDDEN_INFO = "\n\nHidden from the agent, the reference is:\n"
 
 
@@ -54,7 +62,7 @@ def parse_args():
     group = parser.add_argument_group("files")
     group.add_argument("--run", help="directory of this run (default: %(default)s)")
     group.add_argument("--trajectories", help="input (default: RUN/trajectories.jsonl)")
-    group.add_argument("--critic", help="output: the trained critic (default: RUN/critic)")
+    group.add_argument("--critic-folder", help="output: the trained critic (default: RUN/critic)")
     group.add_argument("--preferences", help="output: the ranked candidates (default: RUN/preferences.jsonl)")
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="hub id or folder (default: %(default)s)")
@@ -62,9 +70,21 @@ def parse_args():
     group.add_argument("--lora-rank", type=int, help="0 trains all weights (default: %(default)s)")
     group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="(default: %(default)s)")
     group = parser.add_argument_group("objective")
+    group.add_argument("--critic", choices=TRAINED + UNTRAINED, default="logprob", help="see above (default: %(default)s)")
+    group.add_argument("--no-hidden-info", action="store_true", help="the critic does not see c")
+    group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum over the tokens, not their mean")
+    group.add_argument("--aggregate", choices=("turn-mean", "trajectory-mean", "sum"), default="turn-mean",
+                       help="a trajectory's score in (2): sum of (1) over turns, mean or sum over all tokens (default: %(default)s)")
+    group.add_argument("--official", action="store_true", help="as the released code has it: --aggregate trajectory-mean, no NLL, "
+                       "τ+ passes every test, and the reference ranks without c")
     group.add_argument("--beta", type=float, default=0.1, help="β of (2) (default: %(default)s)")
     group.add_argument("--nll-weight", type=float, default=0.01, help="weight of NLL(τ+) in (2) (default: %(default)s)")
     group.add_argument("--pairs-per-task", type=int, help="at most so many, drawn at random; 0: all (default: %(default)s)")
+    group.add_argument("--min-gap", type=float, default=0.0, help="leave out pairs whose rewards differ by less (default: %(default)s)")
+    group.add_argument("--max-trajectories", type=int, default=0, help="only so many, of the first tasks; 0: all (default: %(default)s)")
+    group.add_argument("--rollouts", type=int, default=4, help="--critic rollout: dialogues a candidate (default: %(default)s)")
+    group.add_argument("--human", help="--critic rollout: scripted, self or a server's URL (default: %(default)s)")
+    group.add_argument("--max-new-tokens", type=int, help="--critic rollout: bound on one message (default: %(default)s)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning-rate", type=float, help="peak; 10%% warm-up, linear decay (default: %(default)s)")
     group.add_argument("--epochs", type=int, help="(default: %(default)s)")
@@ -77,9 +97,13 @@ def parse_args():
     group.add_argument("--log-with", choices=("tensorboard", "wandb"), help="also log there, through accelerate")
     parser.set_defaults(**PRESETS[preset])
     args = parser.parse_args()
-    for name in ("trajectories", "critic", "preferences"):
-        suffix = "" if name == "critic" else ".jsonl"
-        setattr(args, name, Path(getattr(args, name) or Path(args.run) / (name + suffix)))
+    if args.official:
+        args.aggregate, args.nll_weight = "trajectory-mean", 0.0
+    if args.no_length_norm:
+        args.aggregate = "sum"
+    args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")
+    args.critic_folder = Path(args.critic_folder or Path(args.run) / "critic")
+    args.preferences = Path(args.preferences or Path(args.run) / "preferences.jsonl")
     return args
 
 
@@ -90,28 +114,37 @@ def with_hidden_info(messages: list[dict], reference: str) -> list[dict]:
     return [{"role": "system", "content": system["content"] + HIDDEN_INFO + reference}, *rest]
 
 
-def advantage(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+def advantage(logps: torch.Tensor, ref_logps: torch.Tensor, length_norm: bool = True) -> torch.Tensor:
     """(1): the mean log-ratio over the L tokens of one message, end-of-turn token included. Both (L,); returns a scalar."""
-    return (logps - ref_logps).mean()
+    return (logps - ref_logps).mean() if length_norm else (logps - ref_logps).sum()
 
 
-def critic_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_weight: float):
+def trajectory_score(logps, ref_logps, aggregate: str = "turn-mean") -> torch.Tensor:
+    """Σ_t A_θ(o_t, a_t, c) of (2), for lists over turns t of (L_t,) log-probs; or another score of a trajectory's tokens."""
+    if aggregate == "turn-mean":
+        return sum(advantage(turn, ref) for turn, ref in zip(logps, ref_logps))
+    return advantage(torch.cat(logps), torch.cat(ref_logps), length_norm=aggregate == "trajectory-mean")
+
+
+def critic_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_weight: float, aggregate: str = "turn-mean"):
     """(2) for one pair τ+, τ−. Each argument: a list over turns t of (L_t,) log-probs. Returns (loss, Σ_t A(τ+), Σ_t A(τ−))."""
-    sum_chosen = sum(advantage(logps, ref) for logps, ref in zip(chosen, ref_chosen))  # Σ_t A_θ(o_t+, a_t+, c)
-    sum_rejected = sum(advantage(logps, ref) for logps, ref in zip(rejected, ref_rejected))  # Σ_t A_θ(o_t−, a_t−, c)
+    score_chosen = trajectory_score(chosen, ref_chosen, aggregate)  # Σ_t A_θ(o_t+, a_t+, c)
+    score_rejected = trajectory_score(rejected, ref_rejected, aggregate)  # Σ_t A_θ(o_t−, a_t−, c)
     nll = -torch.cat(chosen).mean()  # over all agent tokens of τ+
-    loss = -F.logsigmoid(beta * (sum_chosen - sum_rejected)) + nll_weight * nll
-    return loss, sum_chosen, sum_rejected
+    loss = -F.logsigmoid(beta * (score_chosen - score_rejected)) + nll_weight * nll
+    return loss, score_chosen, score_rejected
 
 
-def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int) -> list[tuple[int, int]]:
-    """(index of τ+, index of τ−) for all or some of the pairs of one task with r(τ+) > r(τ−)."""
+def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, min_gap: float = 0.0, chosen_from: float = 0.0):
+    """[(index of τ+, index of τ−)] for all or some of the pairs of one task with r(τ+) > r(τ−), by min_gap at least; r(τ+) is
+    chosen_from at least."""
     by_task = {}
     for index, trajectory in enumerate(trajectories):
         by_task.setdefault(trajectory["id"], []).append(index)
     pairs = []
     for task, indices in by_task.items():
-        of_task = [(a, b) for a in indices for b in indices if trajectories[a]["reward"] > trajectories[b]["reward"]]
+        of_task = [(a, b) for a in indices for b in indices if trajectories[a]["reward"] >= chosen_from
+                   and (gap := trajectories[a]["reward"] - trajectories[b]["reward"]) > 0 and gap >= min_gap]
         random.Random(seed_of(seed, task, "pairs")).shuffle(of_task)
         pairs += of_task[:pairs_per_task or None]
     return pairs
@@ -119,13 +152,16 @@ def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int) -> list
 
 def load_pairs(args, tokenizer):
     """Trajectories, their pairs, and the tree (token ids, spans of the agent's turns) of every trajectory in a pair."""
-    everything = load_trajectories(args.trajectories)
+    everything = of_first_tasks(load_trajectories(args.trajectories), args.max_trajectories)
     for number, trajectory in enumerate(everything, 1):
         if "reward" not in trajectory and not failed(trajectory):
             raise UserError(f"{args.trajectories}:{number}: reward: missing; score it with collect.py --add-candidates-to")
         trajectory.setdefault("system", (args.agent_prompt or AGENT_PROMPT).replace("{max_turns}", str(MAX_TURNS)))
     trajectories = [t for t in everything if "reward" in t]
-    pairs = make_pairs(trajectories, args.pairs_per_task, args.seed)
+    if args.critic == "value":  # learns from single trajectories
+        pairs = [(index,) for index in range(len(trajectories))]
+    else:
+        pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap, chosen_from=float(args.official))
     if not pairs:
         rewards = sorted({round(t["reward"], 3) for t in trajectories})
         raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories of different reward ("
@@ -133,12 +169,13 @@ def load_pairs(args, tokenizer):
     trees = {}
     for index in sorted({index for pair in pairs for index in pair}):
         t = trajectories[index]
-        messages = with_hidden_info(prompt_messages(t["system"], t["dialogue_history"]), t["task"]["ground_truth"])
-        trees[index] = (*encode_dialogue(tokenizer, messages), [])
+        messages = prompt_messages(t["system"], t["dialogue_history"])
+        seen = messages if args.no_hidden_info else with_hidden_info(messages, t["task"]["ground_truth"])
+        trees[index] = (*encode_dialogue(tokenizer, seen), [])
     fitting = [pair for pair in pairs if all(tree_tokens(trees[index]) <= args.max_tokens for index in pair)]
     if not fitting:
         raise UserError(f"{args.trajectories}: every pair is longer than --max-tokens {args.max_tokens}")
-    print(f"{len(fitting)} pairs of {len({trajectories[a]['id'] for a, _ in fitting})} tasks; "
+    print(f"{len(fitting)} {'trajectories' if args.critic == 'value' else 'pairs'} of {len({trajectories[pair[0]]['id'] for pair in fitting})} tasks; "
           f"{len(pairs) - len(fitting)} left out for their length")
     return trajectories, fitting, trees
 
@@ -148,43 +185,47 @@ def main():
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.run,
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
-        lock = lock_run(args.critic.parent, "critic")  # noqa: F841  held until the process ends
-    if args.critic.exists() and args.preferences.exists() and not states_to_rank(args)[1]:
-        print(f"{args.critic} and {args.preferences} are complete: nothing to do; next: python train_policy.py")
+        lock = lock_run(args.critic_folder.parent, args.critic_folder.name)  # noqa: F841  held until the process ends
+    trained = args.critic_folder.exists() or args.critic in UNTRAINED
+    if trained and args.preferences.exists() and not states_to_rank(args)[1]:
+        print(f"{args.preferences} is complete: nothing to do; next: python train_policy.py")
         return
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
-    trained = args.critic.exists()
     if not trained:
         trajectories, pairs, trees = load_pairs(args, tokenizer)
-    model = load_model(args.model, args.load_in_4bit, accelerator.device, adapter=str(args.critic) if trained else None)
+    adapter = str(args.critic_folder) if args.critic_folder.exists() and args.critic in TRAINED else None
+    model = load_model(args.model, args.load_in_4bit, accelerator.device, adapter)
     if not trained:
         torch.manual_seed(args.seed)  # LoRA's A matrices start at random
         model = add_lora(model, args.lora_rank, args.gradient_checkpointing)
+    if args.critic in ("regression", "value"):
+        model.value_head = value_head(model, adapter)
     # π_ref: the same weights with adapters off; only full fine-tuning needs a second copy
-    reference = model if args.lora_rank else load_model(args.model, args.load_in_4bit, accelerator.device)
+    reference = model if args.lora_rank or args.critic in UNTRAINED else load_model(args.model, args.load_in_4bit, accelerator.device)
 
     def reference_logps(trees):
         with torch.no_grad(), accelerator.autocast(), adapters_off(reference):
             return message_logps(reference, trees)
 
     if not trained:
-        train(args, accelerator, model, reference, tokenizer, pairs, trees, reference_logps)
-    rank(args, accelerator, model.eval(), tokenizer, reference_logps)
+        train(args, accelerator, model, reference, tokenizer, trajectories, pairs, trees, reference_logps)
+    rank(args, accelerator, model.eval(), reference_logps, tokenizer)
 
 
-def train(args, accelerator, model, reference, tokenizer, pairs, trees, reference_logps):
+def train(args, accelerator, model, reference, tokenizer, trajectories, pairs, trees, reference_logps):
     """The loop: batches of pairs in a seeded order, log-ratios to the reference, (2), AdamW. Writes RUN/critic."""
-    # log π_ref, trajectory -> list over turns of (L_t,)
-    ref_logps = dict(zip(trees, cached_logps(accelerator, args.critic.with_name("critic_reference.jsonl"), reference,
-                                             list(trees.values()), args.tokens_per_step, reference_logps)))
+    beside = lambda name: args.critic_folder.with_name(args.critic_folder.name + name)  # noqa: E731  critic -> critic_log.jsonl
+    if args.critic == "logprob":  # log π_ref, trajectory -> list over turns of (L_t,)
+        ref_logps = dict(zip(trees, cached_logps(accelerator, beside("_reference.jsonl"), reference, list(trees.values()),
+                                                 args.tokens_per_step, reference_logps)))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
     steps_per_epoch = -(-len(pairs) // args.batch_size)
     steps = args.epochs * steps_per_epoch
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    first = load_checkpoint(accelerator, args.critic, model, optimizer, schedule)
-    log = StepLog(accelerator, Path(args.run) / "critic_log.jsonl", first)
+    first = load_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule)
+    log = StepLog(accelerator, beside("_log.jsonl"), first)
     accelerator.init_trackers("critic", config={name: str(value) for name, value in vars(args).items()})
     model.train()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="critic", unit="step",
@@ -197,20 +238,35 @@ def train(args, accelerator, model, reference, tokenizer, pairs, trees, referenc
         mine, weight = batch[accelerator.process_index::accelerator.num_processes], accelerator.num_processes / len(batch)
         if not mine:  # more processes than pairs: take part in the gradient's average with nothing
             mine, weight = batch[:1], 0.0
-        groups = pack([tree_tokens(trees[a]) + tree_tokens(trees[b]) for a, b in mine], args.tokens_per_step)
-        for group in groups:
+        for group in pack([sum(tree_tokens(trees[i]) for i in pair) for pair in mine], args.tokens_per_step):
+            in_group = [trees[i] for k in group for i in mine[k]]
             with accelerator.autocast():
-                logps = message_logps(model, [trees[index] for k in group for index in mine[k]])
+                if args.critic == "logprob":
+                    turns = iter(message_logps(model, in_group))  # per trajectory a list over turns t of (L_t,)
+                else:
+                    turns = iter([[model.value_head(mean)[0] for mean in tree] for tree in message_means(model, in_group)])
             total = 0.0
-            for (a, b), chosen, rejected in zip([mine[k] for k in group], logps[::2], logps[1::2]):
-                loss, a_chosen, a_rejected = critic_loss(chosen, rejected, ref_logps[a], ref_logps[b], args.beta, args.nll_weight)
+            for pair in [mine[k] for k in group]:
+                if args.critic == "value":  # V(o_t, a_t, c) of every turn against the success of the whole
+                    (i,), values = pair, torch.stack(next(turns))
+                    success = torch.full_like(values, float(trajectories[i]["reward"] == 1))
+                    loss = F.binary_cross_entropy_with_logits(values, success)
+                    row = {"loss": loss, "rewards/accuracies": ((values > 0) == (success > 0)).float().mean()}
+                else:
+                    (a, b), chosen, rejected = pair, next(turns), next(turns)
+                    if args.critic == "regression":
+                        a_chosen, a_rejected = sum(chosen), sum(rejected)
+                        loss = -F.logsigmoid(args.beta * (a_chosen - a_rejected))
+                    else:
+                        loss, a_chosen, a_rejected = critic_loss(
+                            chosen, rejected, ref_logps[a], ref_logps[b], args.beta, args.nll_weight, args.aggregate)
+                    row = {"loss": loss, "margin": a_chosen - a_rejected, "rewards/accuracies": a_chosen > a_rejected,
+                           "rewards/chosen": args.beta * a_chosen, "rewards/rejected": args.beta * a_rejected,
+                           "rewards/margins": args.beta * (a_chosen - a_rejected)}
+                    if args.critic == "logprob":
+                        row |= {"logps/chosen": torch.cat(chosen).sum(), "logps/rejected": torch.cat(rejected).sum()}
                 total = total + weight * loss
-                log.add(tree_tokens(trees[a]) + tree_tokens(trees[b]), **{
-                    "loss": loss, "margin": a_chosen - a_rejected, "rewards/accuracies": a_chosen > a_rejected,
-                    "rewards/chosen": args.beta * a_chosen, "rewards/rejected": args.beta * a_rejected,
-                    "rewards/margins": args.beta * (a_chosen - a_rejected),
-                    "logps/chosen": torch.cat(chosen).sum(), "logps/rejected": torch.cat(rejected).sum(),
-                })
+                log.add(sum(tree_tokens(trees[i]) for i in pair), **row)
             accelerator.backward(total)
         for parameter in parameters:  # data parallel: the mean over the processes
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
@@ -221,42 +277,62 @@ def train(args, accelerator, model, reference, tokenizer, pairs, trees, referenc
         schedule.step()
         optimizer.zero_grad()
         if log.unsound_in_a_row == 5:
-            save_checkpoint(accelerator, args.critic, model, optimizer, schedule, step + 1)
+            save_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule, step + 1)
             raise UserError(f"step {step}: {DIVERGED}")
-        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], margin=row["margin"], skipped=row["skipped"])
+        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], margin=row.get("margin"), skipped=row["skipped"])
         if (step + 1) % args.save_every == 0:
-            save_checkpoint(accelerator, args.critic, model, optimizer, schedule, step + 1)
+            save_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule, step + 1)
     accelerator.end_training()
-    save_trained(accelerator, args.critic, model, tokenizer, vars(args))
+    save_trained(accelerator, args.critic_folder, model, tokenizer, vars(args))
 
 
 def states_to_rank(args) -> tuple[list[dict], set]:
-    """All states with candidates, exact duplicates among these dropped, and (id, sample, turn) of those that have no line in
-    preferences.jsonl yet."""
+    """All states with candidates, and (id, sample, turn) of those that have no line in preferences.jsonl yet."""
     done = {(line["id"], line["sample"], line["turn"]) for line in repair_jsonl(args.preferences)}
-    states = []
-    for trajectory in load_trajectories(args.trajectories):
-        system = trajectory.get("system", (args.agent_prompt or AGENT_PROMPT).replace("{max_turns}", str(MAX_TURNS)))
-        turn = 0
-        for i, message in enumerate(trajectory["dialogue_history"]):
-            turn += message["role"] == "assistant"
-            if message.get("candidates"):
-                states.append({
-                    "id": trajectory["id"], "sample": trajectory["sample"], "turn": turn,
-                    "last_turn": turn == trajectory.get("max_turns", MAX_TURNS),
-                    "messages": prompt_messages(system, trajectory["dialogue_history"][:i]),
-                    "candidates": list(dict.fromkeys(message["candidates"])),
-                    "reference": trajectory["task"]["ground_truth"],
-                })
+    trajectories = of_first_tasks(load_trajectories(args.trajectories), args.max_trajectories)
+    states = states_with_candidates(trajectories, args.agent_prompt or AGENT_PROMPT)
     if not states:
         raise UserError(f"{args.trajectories}: no candidates to rank; add them with collect.py --add-candidates-to {args.trajectories}")
     return states, {(state["id"], state["sample"], state["turn"]) for state in states} - done
 
 
-def rank(args, accelerator, model, tokenizer, reference_logps):
-    """Advantage (1) of every candidate of every state: same tokens and same prompt, c included, for critic and reference. After
-    an interruption a chunk that lacks a state is computed as a whole: its batches, and with them the last bits, stay the same."""
-    (states, missing), end_id, left_out = states_to_rank(args), end_of_turn(tokenizer), 0
+def score_candidates(args, states: list[dict], tokenizer, model, reference_logps) -> list[list[float]]:
+    """A(o, a, c) of every candidate a of every state, by the critic that `args` describes; [] for a state that is too long.
+
+    A state: {"messages", "candidates", "task", ...}. args: the critic's settings, as its folder's training_args.json has them.
+    model: the critic. reference_logps: message_logps under π_ref. Both see the same tokens and the same prompt, c included.
+    """
+    without_c = [state["messages"] for state in states]
+    with_c = [with_hidden_info(state["messages"], state["task"]["ground_truth"]) for state in states]
+    prompts = without_c if args.no_hidden_info else with_c
+    if args.critic == "rollout":
+        return rollout_scores(args, states, tokenizer, model)
+    if args.critic == "judge":
+        return judge_scores(reference_logps, tokenizer, prompts, [state["candidates"] for state in states], args.tokens_per_step)
+
+    def outputs(forward, prompts):  # a list over candidates of what `forward` gives for a message
+        jobs = candidate_trees(tokenizer, list(zip(prompts, [s["candidates"] for s in states])), args.max_tokens, args.tokens_per_step)
+        found = [[] for _ in states]
+        for group in pack([tree_tokens(tree) for _, tree in jobs], args.tokens_per_step):
+            for k, messages in zip(group, forward([jobs[k][1] for k in group])):
+                found[jobs[k][0]] += messages
+        return found
+
+    with torch.no_grad():
+        if args.critic in ("regression", "value"):
+            return [[model.value_head(mean).item() for mean in means] for means in outputs(partial(message_means, model), prompts)]
+        if args.critic == "untrained":
+            logps, ref_logps = outputs(reference_logps, with_c), outputs(reference_logps, without_c)
+        else:
+            logps = outputs(partial(message_logps, model), prompts)
+            ref_logps = outputs(reference_logps, without_c if args.official else prompts)
+    return [[advantage(*both, length_norm=not args.no_length_norm).item() for both in zip(*of_state)] for of_state in zip(logps, ref_logps)]
+
+
+def rank(args, accelerator, model, reference_logps, tokenizer):
+    """Writes preferences.jsonl, a chunk of states at a time. After an interruption a chunk that lacks a state is computed as a
+    whole: its batches, and with them the last bits, stay the same."""
+    (states, missing), left_out = states_to_rank(args), 0
     chunk = 16 * accelerator.num_processes
     bar = tqdm(total=len(states), desc="ranking", unit="state", disable=not accelerator.is_main_process)
     for start in range(0, len(states), chunk):
@@ -264,22 +340,13 @@ def rank(args, accelerator, model, tokenizer, reference_logps):
             bar.update(len(states[start:start + chunk]))
             continue
         mine = states[start:start + chunk][accelerator.process_index::accelerator.num_processes]
-        jobs = []  # (number of the state, tree); a state with long candidates becomes several trees
-        for number, state in enumerate(mine):
-            prompt, _ = encode_dialogue(tokenizer, with_hidden_info(state["messages"], state.pop("reference")))
-            leaves = [message_ids(tokenizer, text, end_id) for text in state["candidates"]]
-            state["advantages"] = []
-            if len(prompt) + max(map(len, leaves)) > args.max_tokens:
+        with accelerator.autocast():
+            scores = score_candidates(args, mine, tokenizer, model, reference_logps)
+        for state, advantages in zip(mine, scores):
+            del state["task"], state["max_turns"]
+            state["advantages"] = advantages
+            if not advantages:
                 state.update(candidates=[], left_out="longer than --max-tokens")
-                continue
-            for part in pack([len(leaf) for leaf in leaves], max(1, args.tokens_per_step - len(prompt))):
-                jobs.append((number, (prompt, [], [leaves[k] for k in part])))
-        for group in pack([tree_tokens(tree) for _, tree in jobs], args.tokens_per_step):
-            trees = [jobs[k][1] for k in group]
-            with torch.no_grad(), accelerator.autocast():
-                logps = message_logps(model, trees)
-            for k, candidates, ref_candidates in zip(group, logps, reference_logps(trees)):
-                mine[jobs[k][0]]["advantages"] += [advantage(*both).item() for both in zip(candidates, ref_candidates)]
         rows = sorted(gather_object(mine), key=lambda row: (row["id"], row["sample"], row["turn"]))
         for row in rows if accelerator.is_main_process else ():
             if (row["id"], row["sample"], row["turn"]) in missing:

@@ -40,10 +40,28 @@ def prompt_messages(system: str, history: list[dict]) -> list[dict]:
     return [{"role": "system", "content": system}] + [{"role": m["role"], "content": m["content"]} for m in history]
 
 
+def states_with_candidates(trajectories: list[dict], agent_prompt: str) -> list[dict]:
+    """The states at which candidates were sampled: {"id", "sample", "turn" (from 1), "last_turn", "max_turns", "messages" (what the
+    agent saw), "candidates" (exact duplicates dropped), "task"}. agent_prompt: the system prompt where a line has none."""
+    states = []
+    for trajectory in trajectories:
+        system, max_turns = trajectory.get("system", agent_prompt.replace("{max_turns}", str(MAX_TURNS))), trajectory.get("max_turns", MAX_TURNS)
+        turn = 0
+        for i, message in enumerate(trajectory["dialogue_history"]):
+            turn += message["role"] == "assistant"
+            if message.get("candidates"):
+                states.append({
+                    "id": trajectory["id"], "sample": trajectory["sample"], "turn": turn, "last_turn": turn == max_turns,
+                    "max_turns": max_turns, "messages": prompt_messages(system, trajectory["dialogue_history"][:i]),
+                    "candidates": list(dict.fromkeys(message["candidates"])), "task": trajectory["task"]})
+    return states
+
+
 def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, n_candidates=16, candidate_share=0.0,
          temperature=1.0, max_new_tokens=1024, parallel=64, seed=0, done=None):
     """Play many dialogues at once; yields lists of finished episodes, in the order in which they end.
 
+    A task with "start" (a dialogue that ends with the human's message) is played on from there.
     agent: anything with `.sample` (LocalChat, ServerChat); human: anything with `.reply` and `.leaked`; todo: list of (task, sample number).
     At a `candidate_share` of the turns n_candidates messages are sampled; the first of them is the one played, and it is the
     one that would have been played without the others. All seeds come from (seed, task id, sample, turn).
@@ -64,7 +82,7 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
             active.append({
                 "id": task["id"], "sample": sample, "task": task, "system": system, "max_turns": max_turns,
                 "answer": None, "outcome": None,
-                "dialogue_history": [{"role": "user", "content": task["problem_description"]}],
+                "dialogue_history": list(task.get("start") or [{"role": "user", "content": task["problem_description"]}]),
             })
         records = {id(e): done[e["id"], e["sample"]] for e in active if (e["id"], e["sample"]) in done}
         missing, seeds = len(records) < len(active), []

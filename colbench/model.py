@@ -276,11 +276,36 @@ def message_logps(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
     `leaves` (lists of ids), each of which follows the whole trunk. A trajectory is a trunk with its agent turns as spans; a
     state with candidates is a trunk without spans and the candidates as leaves, so its prompt is computed once.
     Returns per tree a list of (tokens in the message,) float32 tensors: spans first, then leaves.
+    """
+    hidden, _, predict, lengths = _last_layer(model, trees)
+    base, hidden = _base(model), hidden[predict]  # (tokens of all messages, hidden size)
+    targets = [token for trunk, spans, leaves in trees
+               for message in [*(trunk[a:b] for a, b in spans), *leaves] for token in message]
+    chunk = max(1, LOGITS_AT_ONCE // base.get_output_embeddings().out_features)
+    logps = torch.cat([checkpoint(_token_logps, base, *part, use_reentrant=False) for part in zip(
+        hidden.split(chunk), torch.tensor(targets, device=base.device).split(chunk))])
+    per_message = iter(logps.split(lengths))
+    return [[next(per_message) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+
+
+def message_means(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
+    """Like message_logps, but of each message the mean over its tokens of the last layer's output: (hidden size,) float32."""
+    hidden, places, _, lengths = _last_layer(model, trees)
+    per_message = iter(hidden[places].float().split(lengths))
+    return [[next(per_message).mean(0) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+
+
+def _base(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # adapters are inside its layers
+
+
+def _last_layer(model, trees: list[tuple]):
+    """(last layer's output (tokens, hidden size), places of the messages' tokens, places one before them, messages' lengths).
 
     All trees lie in one row. A token sees its own tree's trunk, and its own leaf, up to itself: attention mask and restarted
     positions see to that, and nothing is padded.
     """
-    ids, positions, tree_of, leaf_of, predict, lengths = [], [], [], [], [], []
+    ids, positions, tree_of, leaf_of, places, predict, lengths = [], [], [], [], [], [], []
     for t, (trunk, spans, leaves) in enumerate(trees):
         offset = len(ids)
         ids += trunk
@@ -288,18 +313,18 @@ def message_logps(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
         tree_of += [t] * len(trunk)
         leaf_of += [-1] * len(trunk)
         for start, end in spans:
-            predict += range(offset + start - 1, offset + end - 1)  # the logits one place before a token predict it
+            places += range(offset + start, offset + end)
+            predict += range(offset + start - 1, offset + end - 1)  # the output one place before a token predicts it
             lengths.append(end - start)
         for k, leaf in enumerate(leaves):
+            places += range(len(ids), len(ids) + len(leaf))
             predict += [offset + len(trunk) - 1, *range(len(ids), len(ids) + len(leaf) - 1)]
             lengths.append(len(leaf))
             ids += leaf
             positions += range(len(trunk), len(trunk) + len(leaf))
             tree_of += [t] * len(leaf)
             leaf_of += [k] * len(leaf)
-    targets = [token for trunk, spans, leaves in trees
-               for message in [*(trunk[a:b] for a, b in spans), *leaves] for token in message]
-    base = model.get_base_model() if isinstance(model, PeftModel) else model  # the adapters are inside its layers
+    base = _base(model)
     device = base.device
     place, tree, leaf = torch.arange(len(ids), device=device), *torch.tensor([tree_of, leaf_of], device=device)
     position = torch.tensor(positions, device=device)
@@ -307,12 +332,8 @@ def message_logps(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
     hidden = base.get_decoder()(
         input_ids=torch.tensor([ids], device=device), position_ids=position[None],
         attention_mask=_attention_masks(base, visible, position), use_cache=False,
-    ).last_hidden_state[0, torch.tensor(predict, device=device)]  # (tokens of all messages, hidden size)
-    chunk = max(1, LOGITS_AT_ONCE // base.get_output_embeddings().out_features)
-    logps = torch.cat([checkpoint(_token_logps, base, *part, use_reentrant=False) for part in zip(
-        hidden.split(chunk), torch.tensor(targets, device=device).split(chunk))])
-    per_message = iter(logps.split(lengths))
-    return [[next(per_message) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+    ).last_hidden_state[0]
+    return hidden, torch.tensor(places, device=device), torch.tensor(predict, device=device), lengths
 
 
 def _attention_masks(base, visible: torch.Tensor, position: torch.Tensor):
@@ -357,3 +378,16 @@ def pack(sizes: list[int], budget: int) -> list[list[int]]:
         groups[-1].append(index)
         room -= size
     return groups
+
+
+def candidate_trees(tokenizer, states: list[tuple[list[dict], list[str]]], max_tokens: int, budget: int) -> list[tuple[int, tuple]]:
+    """[(number of the state, tree)] for states (messages, candidate messages): the prompt as trunk, candidates as leaves. A state
+    that takes more than `budget` tokens becomes several trees; one with a candidate that passes max_tokens has none."""
+    jobs, end_id = [], end_of_turn(tokenizer)
+    for number, (messages, candidates) in enumerate(states):
+        prompt, _ = encode_dialogue(tokenizer, messages)
+        leaves = [message_ids(tokenizer, text, end_id) for text in candidates]
+        if len(prompt) + max(map(len, leaves)) <= max_tokens:
+            for part in pack([len(leaf) for leaf in leaves], max(1, budget - len(prompt))):
+                jobs.append((number, (prompt, [], [leaves[k] for k in part])))
+    return jobs

@@ -64,6 +64,16 @@ def weights_hash(model) -> str:
     return digest.hexdigest()
 
 
+def value_head(model, folder: str | None = None) -> torch.nn.Linear:
+    """The linear head of the critics `regression` and `value` on a message's mean last hidden state; starts at 0."""
+    head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    if folder:
+        head.load_state_dict(torch.load(Path(folder) / "value_head.pt", map_location=model.device, weights_only=True))
+    return head
+
+
 def checkpoint_path(output: Path) -> Path:
     """Where training of `output` (a folder) keeps its checkpoint until it is done."""
     return output.with_name(output.name + ".checkpoint")
@@ -124,6 +134,8 @@ def save_trained(accelerator, output: Path, model, tokenizer, settings: dict) ->
         def write(temporary: Path) -> None:
             accelerator.unwrap_model(model).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            if hasattr(model, "value_head"):
+                torch.save(model.value_head.state_dict(), temporary / "value_head.pt")
             (temporary / "training_args.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
             if (temporary / "README.md").exists():  # PEFT's empty model card
                 (temporary / "README.md").unlink()
