@@ -25,6 +25,7 @@ from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of
 from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
                             message_ids, message_logps, pack, tree_tokens)
+from colbench.show import next_step, training_plan
 from colbench.tasks import failed, load_trajectories
 from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
 
@@ -185,6 +186,9 @@ def train(args, accelerator, model, reference, tokenizer, pairs, trees, referenc
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     first = load_checkpoint(accelerator, args.critic, model, optimizer, schedule)
     log = StepLog(accelerator, Path(args.run) / "critic_log.jsonl", first)
+    if accelerator.is_main_process:
+        tokens = args.epochs * sum(tree_tokens(trees[index]) for pair in pairs for index in pair)
+        training_plan("train_critic", args, model, steps, first, f"{args.batch_size} of {len(pairs)} pairs", tokens, args.critic)
     accelerator.init_trackers("critic", config={name: str(value) for name, value in vars(args).items()})
     model.train()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="critic", unit="step",
@@ -289,7 +293,7 @@ def rank(args, accelerator, model, tokenizer, reference_logps):
     bar.close()
     if accelerator.is_main_process:
         print(f"{args.preferences}: {len(missing) - left_out} states ranked, {left_out} left out for their length")
-        print("next: python train_policy.py" + (f" --run {args.run}" if args.run != "runs/tiny" else ""))
+        print(next_step("train_policy.py", args))
 
 
 if __name__ == "__main__":

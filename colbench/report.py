@@ -320,6 +320,8 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
     episode = {"source": source, "task": number, "name": line.get("id") or "", "sample": line.get("sample") or 0, "system": system,
                "outcome": line.get("outcome") or "answered", "reward": line.get("reward"), "solved": None, "turns": turns,
                "leaked": any("leaked" in turn for turn in turns), "answer": cut(line.get("answer"))["text"]}
+    if line.get("error") or episode["outcome"].startswith("error"):  # the dialogue broke off
+        episode["error"] = cut(line.get("error") or line["outcome"])["text"]
     fixed, official = (line.get("scores") or {}).get("fixed"), (line.get("scores") or {}).get("official")
     if isinstance(fixed, dict) and "total" in fixed:
         episode |= {"solved": 0 < fixed["total"] == fixed["passed"], "share": f"{fixed['passed']}/{fixed['total']}",
