@@ -233,10 +233,11 @@ def report(args, lines: list[dict], order: list[tuple], model=None) -> None:
         print(f"{policy:{width}}  {m['fixed']['success']:7.1%}  {low:7.1%} ..{high:6.1%}  {m['official']['success']:8.1%}  "
               f"{m['fixed']['tests_passed']:12.1%}  {m['turns']:5.1f}  {m['tokens_a_message']:10.1f}  "
               f"{m['answered_at_limit']:8.1%}  {m['leak_rate']:5.1%}  {m['episodes']:5d}  {m['errors']:6d}")
+    lines = [x for x in lines if (x["policy"], x["id"], x["sample"]) in wanted]
     if args.critic:
-        add_credit(args.episodes.with_name("advantages.jsonl"), [x for x in lines if (x["policy"], x["id"], x["sample"]) in wanted],
-                   args.critic, args.model, args.load_in_4bit, load_tokenizer(args.model), model)
-    page = write_report(args.metrics.with_name("report.html"), [args.episodes.parent], results)
+        add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
+                   load_tokenizer(args.model), model)
+    page = write_report(args.metrics.with_name("report.html"), [args.run], results, lines)
     print(f"\n{args.episodes} has every dialogue, {args.metrics} every number; to look at: {page}")
     critic = Path(args.run) / "critic"
     if critic.exists() and not args.critic:

@@ -26,8 +26,8 @@ from colbench.files import UserError, run_main, write_aside
 PAGE = Path(__file__).with_name("report_page.html")
 MAX_TEXT = 20_000         # characters of one message or answer that are shown; the rest is counted
 MAX_LINES = 400           # lines of a text that are compared
-EVALUATION_BYTES = 13e6   # JSON of evaluation episodes in one report; what does not fit is left out and counted
-TRAINING_BYTES = 5e6      # the same for training trajectories
+EVALUATION_BYTES = 14.5e6  # JSON of evaluation episodes in one report; what does not fit is left out and counted
+TRAINING_BYTES = 4e6      # the same for training trajectories
 MAX_TRAINING = 1_000      # trajectories shown, those with ranked candidates first
 POINTS = 300              # points of a curve; longer logs are averaged
 CURVES = ("loss", "rewards/accuracies", "margin", "rewards/chosen", "rewards/rejected")
@@ -43,15 +43,17 @@ COLUMNS = {  # metric -> (heading, what it means); others are shown under their 
 PERCENT = {"success", "tests_passed", "answered_at_limit", "leak_rate", "win_rate"}
 
 
-def write_report(output, runs, metrics=None) -> Path:
-    """Write the report of some run folders to `output`. metrics: what metrics.json holds, for the first run's own, if it is
-    at hand. UserError: a folder with nothing to show, or a broken line in one of its files."""
+def write_report(output, runs, metrics=None, episodes=None) -> Path:
+    """Write the report of some run folders to `output`. metrics ({policy: what evaluate.py knows of it}) and episodes (rows): of
+    the first run, in place of its files. UserError: a folder with nothing to show, or a broken line in one of its files."""
     output, runs = Path(output), [Path(run) for run in runs]
     data = {"runs": [], "intro": [], "notes": [], "curves": [], "tasks": [], "systems": [], "episodes": [], "first": 0}
     tables, index = [], {"tasks": {}, "systems": {}}
     for number, run in enumerate(runs):
         files = {name: rows_so_far(run / f"{name}.jsonl") for name in
                  ("trajectories", "preferences", "episodes", "advantages", "critic_log", "policy_log")}
+        if episodes is not None and number == 0:
+            files["episodes"] = episodes
         if not any(files.values()):
             raise UserError(f"{run}: nothing to report: no episodes, trajectories, preferences or logs in it")
         name = str(run) if len(runs) > 1 or run.name == "" else run.name
@@ -211,8 +213,10 @@ def curve(stage: str, run: int, prefix: str, rows: list[dict]) -> dict:
             values[name] = {"raw": buckets(column, size), "smooth": buckets(smooth, size)}
     last = rows[-1] if rows else {}
     facts = [f"{prefix}{len(rows)} steps logged"]
-    facts += [f"{last['tokens_per_second']:,.0f} tokens/s"] * ("tokens_per_second" in last)
-    facts += [f"peak memory {last['peak_memory_gb']:.1f} GB"] * ("peak_memory_gb" in last)
+    if last.get("tokens_per_second"):
+        facts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
+    if last.get("peak_memory_gb"):
+        facts.append(f"peak memory {last['peak_memory_gb']:.1f} GB")
     return {"stage": stage, "run": run, "steps": [row["step"] for row in rows[::size]], "values": values, "note": ", ".join(facts)}
 
 
@@ -230,32 +234,37 @@ def buckets(values: list, size: int) -> list:
 
 
 def add_evaluation(data, index, files, prefix, run, base, room) -> None:
-    """Put the evaluation's episodes into `data`: the same tasks of every policy, until `room` bytes are used."""
+    """Put the evaluation's episodes into `data`, task by task with all policies, until `room` bytes are used."""
     credit = {(r["policy"], r["id"], r["sample"]): r["turns"] for r in files["advantages"]}
     by_policy = {}
     for line in files["episodes"]:
         by_policy.setdefault(line.get("policy", "?"), []).append(line)
     place = {id(line): i for lines in by_policy.values() for i, line in enumerate(lines)}
-    left_out, made = 0, []
-    for line in sorted(files["episodes"], key=lambda line: place[id(line)]):
-        policy = line.get("policy", "?")
-        episode = shown_episode(data, index, line, prefix + short_name(policy, run), base,
-                                credit.get((policy, line.get("id"), line.get("sample"))), {})
-        room -= len(json.dumps(episode))
-        if room < 0:
-            left_out += 1
-        else:
-            made.append((list(by_policy).index(policy), episode))
-    data["episodes"] += [episode for _, episode in sorted(made, key=lambda pair: pair[0])]
-    if left_out:
-        data["notes"].append(f"{prefix}{left_out} of {len(files['episodes'])} episodes are left out to keep this file small; "
+    lines = sorted(files["episodes"], key=lambda line: place[id(line)])
+    fitting = fill(data, room, [
+        lambda line=line: shown_episode(data, index, line, prefix + short_name(line.get("policy", "?"), run), base, credit.get(
+            (line.get("policy"), line.get("id"), line.get("sample"))), {}) for line in lines])
+    if fitting < len(lines):
+        data["notes"].append(f"{prefix}{len(lines) - fitting} of {len(lines)} episodes are left out to keep this file small; "
                              f"{run / 'episodes.jsonl'} has them all.")
+
+
+def fill(data, room: float, makers) -> int:
+    """Add episodes to `data` while they and their new tasks fit into `room` bytes of JSON; returns how many fitted."""
+    for n, make in enumerate(makers):
+        tasks = len(data["tasks"])
+        episode = make()
+        room -= len(embedded(episode)) + sum(len(embedded(task)) for task in data["tasks"][tasks:])
+        if room < 0:
+            return n
+        data["episodes"].append(episode)
+    return n + 1 if makers else 0
 
 
 def add_training(data, index, files, prefix, run, base, room) -> None:
     """Put training trajectories into `data`, those with ranked candidates first; without the trajectories' own file, the
     states of preferences.jsonl as they are."""
-    ranked, states = {}, []
+    ranked = {}
     for row in files["preferences"]:
         if row.get("candidates") and len(row["candidates"]) == len(row.get("advantages", ())):
             ranked.setdefault((row["id"], row["sample"]), {})[row["turn"]] = row
@@ -267,14 +276,9 @@ def add_training(data, index, files, prefix, run, base, room) -> None:
              "dialogue_history": row["messages"][1:] + [{"role": "assistant", "content": None}]}
             for of_trajectory in ranked.values() for row in of_trajectory.values()]
     lines = sorted(lines, key=lambda line: (line.get("id"), line.get("sample")) not in ranked)
-    shown = 0
-    for line in lines[:MAX_TRAINING]:
-        episode = shown_episode(data, index, line, source, base, None, ranked.get((line.get("id"), line.get("sample")), {}))
-        room -= len(json.dumps(episode))
-        if room < 0:
-            break
-        data["episodes"].append(episode)
-        shown += 1
+    shown = fill(data, room, [
+        lambda line=line: shown_episode(data, index, line, source, base, None, ranked.get((line.get("id"), line.get("sample")), {}))
+        for line in lines[:MAX_TRAINING]])
     if shown < len(lines):
         data["notes"].append(f"{prefix}{shown} of {len(lines)} training dialogues are shown, those with ranked candidates first.")
 
@@ -303,7 +307,10 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
                 if played and played[0] is not None:
                     turn["advantage"] = played[0]
             if credit and n <= len(credit):
-                turn |= {name: credit[n - 1][name] for name in ("advantage", "ratios") if name in credit[n - 1]}
+                turn["advantage"] = plain(credit[n - 1]["advantage"])
+                ends = [0, *(end for end, _ in credit[n - 1]["ratios"])]  # for the page: lengths and hundredths, which are short
+                turn["tokens_long"] = [max(0, end - start) for start, end in zip(ends, ends[1:])]
+                turn["ratios"] = [round(100 * ratio) for _, ratio in credit[n - 1]["ratios"]]
                 if credit[n - 1].get("candidates"):
                     turn["candidates"] = ranking(*zip(*credit[n - 1]["candidates"]), message)
         if message.get("leaked"):
@@ -315,26 +322,26 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
     if system is not None:
         if system not in index["systems"]:
             index["systems"][system] = len(data["systems"])
-            data["systems"].append(system)
+            data["systems"].append(cut(system)["text"])
         system = index["systems"][system]
     episode = {"source": source, "task": number, "name": line.get("id") or "", "sample": line.get("sample") or 0, "system": system,
-               "outcome": line.get("outcome") or "answered", "reward": line.get("reward"), "solved": None, "turns": turns,
-               "leaked": any("leaked" in turn for turn in turns), "answer": cut(line.get("answer"))["text"]}
+               "outcome": str(line.get("outcome") or "answered")[:200], "reward": line.get("reward"), "solved": None, "turns": turns,
+               "leaked": any("leaked" in turn for turn in turns)}
     if line.get("error") or episode["outcome"].startswith("error"):  # the dialogue broke off
         episode["error"] = cut(line.get("error") or line["outcome"])["text"]
     fixed, official = (line.get("scores") or {}).get("fixed"), (line.get("scores") or {}).get("official")
     if isinstance(fixed, dict) and "total" in fixed:
         episode |= {"solved": 0 < fixed["total"] == fixed["passed"], "share": f"{fixed['passed']}/{fixed['total']}",
-                    "verdicts": fixed.get("calls"), "got": fixed.get("got"), "note": line["scores"].get("note")}
-        known = data["tasks"][number].setdefault("expected", fixed.get("expected"))
-        if fixed.get("expected") != known:
-            episode["expected"] = fixed.get("expected")
+                    "verdicts": fixed.get("calls"), "got": short_texts(fixed.get("got")), "note": line["scores"].get("note")}
+        expected = short_texts(fixed.get("expected"))
+        if data["tasks"][number].setdefault("expected", expected) != expected:
+            episode["expected"] = expected
         if isinstance(official, dict):
             episode["official"] = f"{official['passed']}/{official['total']}"
     elif "reward" in line and isinstance(line["reward"], (int, float)) and "test_cases" in task:
         episode["solved"] = line["reward"] == 1
-    if episode["answer"] and task.get("ground_truth"):
-        episode["code"] = code_of(episode["answer"])
+    if line.get("answer") and task.get("ground_truth"):
+        episode["code"] = code_of(cut(line["answer"])["text"])
         episode["diff"] = compare(data["tasks"][number]["reference"], episode["code"])
     return episode
 
@@ -348,7 +355,7 @@ def task_number(data, index, task: dict, name: str, base: str) -> int:
         picture = task.get("reference_picture")
         data["tasks"].append({
             "description": cut(task["problem_description"])["text"], "reference": cut(task.get("ground_truth"))["text"] or "",
-            "calls": [str(call)[:500] for call in calls.values()] if isinstance(calls, dict) else [],
+            "calls": short_texts(calls.values()) if isinstance(calls, dict) else [],
             "picture": address(picture, base) if picture else None})
     return index["tasks"][key]
 
@@ -360,14 +367,19 @@ def cut(text) -> dict:
     return {"text": str(text)[:MAX_TEXT], "cut": len(str(text)) - MAX_TEXT}
 
 
+def short_texts(values) -> list | None:
+    """Texts of at most 500 characters; None stays None, as a whole and inside."""
+    return None if values is None else [None if value is None else str(value)[:500] for value in values]
+
+
 def ranking(texts, advantages, message: dict) -> list:
     """[(text, advantage, whether it was played)], best first."""
     said = {str(message.get(name)).strip() for name in ("output", "content") if message.get(name) is not None}
-    rows = [[cut(text)["text"][:2000], number(advantage), str(text).strip() in said] for text, advantage in zip(texts, advantages)]
+    rows = [[cut(text)["text"][:2000], plain(advantage), str(text).strip() in said] for text, advantage in zip(texts, advantages)]
     return sorted(rows, key=lambda row: -(row[1] if row[1] is not None else -math.inf))
 
 
-def number(value) -> float | None:
+def plain(value) -> float | None:
     return float(f"{value:.4g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -380,13 +392,13 @@ def address(path, base: str) -> str | None:
 
 
 def first_shown(episodes: list[dict]) -> int:
-    """The episode that the page opens with: one that shows something, a solved dialogue with credit or candidates."""
+    """The episode that the page opens with: of the list's first, a solved dialogue with credit or candidates."""
     def interest(i):
         e = episodes[i]
         agent = [t for t in e["turns"] if t["role"] == "assistant"]
         return (sum("advantage" in t for t in agent) > len(agent) / 2, e["solved"] is True, 3 <= len(agent) <= 7,
                 any("candidates" in t for t in agent), e["source"] != "base", -i)
-    return max(range(len(episodes)), key=interest, default=0)
+    return max(range(min(len(episodes), 50)), key=interest, default=0)
 
 
 # ---- answer beside reference -------------------------------------------------------------------------------------------
