@@ -396,8 +396,9 @@ def first_shown(episodes: list[dict]) -> int:
     def interest(i):
         e = episodes[i]
         agent = [t for t in e["turns"] if t["role"] == "assistant"]
-        return (sum("advantage" in t for t in agent) > len(agent) / 2, e["solved"] is True, 3 <= len(agent) <= 7,
-                any("candidates" in t for t in agent), e["source"] != "base", -i)
+        credit = [t["advantage"] for t in agent if t.get("advantage") is not None]
+        return (len(credit) > len(agent) / 2, e["solved"] is True, 4 <= len(agent) <= 7, any("candidates" in t for t in agent),
+                e["source"] != "base", max(credit, default=0) - min(credit, default=0), -i)
     return max(range(min(len(episodes), 50)), key=interest, default=0)
 
 
