@@ -3,8 +3,8 @@
     python -m colbench.report runs/tiny                   # runs/tiny/report.html, at any time during the run
     python -m colbench.report runs/a runs/b               # runs/a/report.html with both runs in every picture
 
-It shows what is there of trajectories.jsonl, preferences.jsonl, critic_log.jsonl, policy_log.jsonl, episodes.jsonl, metrics.json
-and advantages.jsonl (colbench.credit). The file needs no network and no other file but the screenshots of pages, which it
+It shows what is there of trajectories.jsonl, preferences.jsonl, the training logs (*_log.jsonl), episodes.jsonl, metrics.json and
+advantages.jsonl (colbench.credit). The file needs no network and no other file but the screenshots of pages, which it
 names by relative paths. The same inputs give the same file.
 
 Everything an LLM wrote is data: JSON in which `<` cannot occur, put into the page as text nodes by the one script of
@@ -50,18 +50,19 @@ def write_report(output, runs, metrics=None, episodes=None) -> Path:
     data = {"runs": [], "intro": [], "notes": [], "curves": [], "tasks": [], "systems": [], "episodes": [], "first": 0}
     tables, index = [], {"tasks": {}, "systems": {}}
     for number, run in enumerate(runs):
-        files = {name: rows_so_far(run / f"{name}.jsonl") for name in
-                 ("trajectories", "preferences", "episodes", "advantages", "critic_log", "policy_log")}
+        files = {name: rows_so_far(run / f"{name}.jsonl") for name in ("trajectories", "preferences", "episodes", "advantages")}
+        logs = {path.name.removesuffix("_log.jsonl"): rows_so_far(path) for path in sorted(run.glob("*_log.jsonl"))}
         if episodes is not None and number == 0:
             files["episodes"] = episodes
-        if not any(files.values()):
+        if not any(files.values()) and not any(logs.values()):
             raise UserError(f"{run}: nothing to report: no episodes, trajectories, preferences or logs in it")
         name = str(run) if len(runs) > 1 or run.name == "" else run.name
         data["runs"].append(name)
         prefix = f"{name}: " if len(runs) > 1 else ""
-        for stage in ("critic", "policy"):
-            if files[f"{stage}_log"]:
-                data["curves"].append(curve(stage, number, prefix, files[f"{stage}_log"]))
+        for log, rows in logs.items():  # train_policy.py names its log after its output: policy_log.jsonl, rft_log.jsonl, …
+            stage = "critic" if log.startswith("critic") else "policy"
+            if rows:
+                data["curves"].append(curve(stage, prefix + log if log != stage else name, rows))
         found = metrics if metrics and number == 0 else metrics_so_far(run, files["episodes"])
         tables += [(prefix + short_name(policy, run), values) for policy, values in found.items()]
         base = os.path.relpath(run.resolve(), output.resolve().parent)
@@ -198,7 +199,7 @@ def short_name(policy: str, run: Path) -> str:
 # ---- curves ------------------------------------------------------------------------------------------------------------
 
 
-def curve(stage: str, run: int, prefix: str, rows: list[dict]) -> dict:
+def curve(stage: str, label: str, rows: list[dict]) -> dict:
     """A training log for the page: for each of CURVES the values as logged and their running mean over a twentieth of the
     steps; averaged to at most POINTS points."""
     rows = [row for row in rows if isinstance(row.get("step"), (int, float))]
@@ -212,12 +213,12 @@ def curve(stage: str, run: int, prefix: str, rows: list[dict]) -> dict:
             smooth = [mean(column[max(0, i - width):i + width + 1]) for i in range(len(column))]
             values[name] = {"raw": buckets(column, size), "smooth": buckets(smooth, size)}
     last = rows[-1] if rows else {}
-    facts = [f"{prefix}{len(rows)} steps logged"]
+    facts = [f"{label}: {len(rows)} steps logged"]
     if last.get("tokens_per_second"):
         facts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
     if last.get("peak_memory_gb"):
         facts.append(f"peak memory {last['peak_memory_gb']:.1f} GB")
-    return {"stage": stage, "run": run, "steps": [row["step"] for row in rows[::size]], "values": values, "note": ", ".join(facts)}
+    return {"stage": stage, "label": label, "steps": [row["step"] for row in rows[::size]], "values": values, "note": ", ".join(facts)}
 
 
 def mean(values: list) -> float | None:
