@@ -23,6 +23,7 @@ from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer
 from colbench.scorer import Scorer, share
 from colbench.server import ServerChat
+from colbench.show import model_row, next_step, plan, sampling_memory
 from colbench.tasks import failed, load_tasks, load_trajectories
 
 PRESETS = {
@@ -114,6 +115,13 @@ def main():
     settings = dict(n_candidates=args.n_candidates, candidate_share=args.candidate_share, temperature=args.temperature,
                     max_new_tokens=args.max_new_tokens, seed=args.seed)
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.trajectories, "a", encoding="utf-8") as output:
+        model = getattr(agent, "model", None) if not args.agent_server else None
+        plan("collect", {
+            "agent": model_row(model, args.model) if model else f"{args.agent_server_model or 'model'} at {args.agent_server}",
+            "human": args.human, "candidates": f"{args.n_candidates} at {args.candidate_share:.0%} of the turns",
+            "tokens": f"at most {args.max_turns} messages of {args.max_new_tokens} an episode, {args.parallel} dialogues at once",
+            "memory": model and sampling_memory(model, args.batch_tokens), "sandbox": scorer.tier,
+            "reward": f"share of tests passed, {args.scorer} scorer", "output": args.trajectories})
         if args.add_candidates_to:
             batches = complete(agent, todo, done, args)
         else:
@@ -198,7 +206,7 @@ def summary(args, lines: list[dict]) -> None:
     print(f"{sum(len(r) > 1 for r in rewards.values())} tasks have trajectories of different reward (the critic learns from "
           f"these); {states} states have candidates; the human's first draft held code of the reference in "
           f"{sum(m.get('leaked', False) for m in replies)} of {len(replies)} replies")
-    print("next: python train_critic.py" + (f" --run {args.run}" if args.run != "runs/tiny" else ""))
+    print(next_step("train_critic.py", args))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@
     python evaluate.py --preset llama --run runs/llama --human http://localhost:8000/v1
     python evaluate.py --policies base --max-turns 1              # the paper's "single turn" row
     python evaluate.py --policies runs/a/policy runs/b/policy     # any adapters, side by side on the same tasks
+    python evaluate.py --critic runs/tiny/critic                  # the report shows which turn earned the credit
+    python evaluate.py --talk 3                                   # be the human yourself, on the third task
 
 The agent sees only the dialogue. Its answer is run on the task's hidden test calls; `success` is all of them passed, counted
 under both scorers (`fixed`: one namespace; `official`: the released code's scoping and keyword rules).
-Writes RUN/episodes.jsonl (a line an episode, like trajectories.jsonl) and RUN/metrics.json. Interrupted, the same command goes on.
+Writes RUN/episodes.jsonl (a line an episode, like trajectories.jsonl), RUN/metrics.json and RUN/report.html, to look at.
+Interrupted, the same command goes on.
 """
 
 import argparse
@@ -15,12 +18,16 @@ import json
 import math
 from pathlib import Path
 
+from colbench.credit import add_credit
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, write_aside
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
+from colbench.report import write_report
 from colbench.scorer import Scorer, share, success
 from colbench.server import ServerChat
+from colbench.show import model_row, plan, sampling_memory
+from colbench.talk import talk
 from colbench.tasks import failed, load_tasks
 
 import numpy as np
@@ -61,9 +68,13 @@ def parse_args():
     group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
     group.add_argument("--batch-tokens", type=int, default=65536,
                        help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
+    group.add_argument("--critic", metavar="FOLDER", help="what train_critic.py wrote: the report then shows the advantage of "
+                       "every turn and token (needs the base model --model)")
     group = parser.add_argument_group("human")
     group.add_argument("--human", help="scripted, self (the base model's weights) or a server's URL (default: %(default)s)")
     group.add_argument("--human-model", metavar="NAME", help="model name on that server (default: the first it lists)")
+    group.add_argument("--talk", nargs="?", type=int, const=1, metavar="TASK",
+                       help="be the human yourself, in the terminal, on this task (1 is the first); plays nothing else")
     group = parser.add_argument_group("episodes")
     group.add_argument("--k", type=int, default=1, help="episodes a task (default: %(default)s)")
     group.add_argument("--max-turns", type=int, default=10, help="agent messages, the answer included (default: %(default)s)")
@@ -74,7 +85,10 @@ def parse_args():
     args = parser.parse_args()
     if min(args.k, args.n_tasks, args.max_turns, args.parallel) < 1:
         raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1")
-    args.policies = args.policies or ["base", str(Path(args.run) / "policy")]
+    trained = Path(args.run) / "policy"
+    args.policies = args.policies or (["base", str(trained)] if args.talk is None or trained.exists() else ["base"])
+    if args.critic and not any((Path(args.critic) / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"--critic {args.critic}: no trained critic here; run train_critic.py first")
     if args.agent_server:
         args.policies = [f"server {args.agent_server_model or ''}".strip()]
     for policy in args.policies:
@@ -88,6 +102,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.talk is not None:
+        return talk(args)
     tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())  # a task twice is one task
     lock = lock_run(args.episodes.parent, "evaluate")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
@@ -110,6 +126,11 @@ def main():
         tokenizer, base = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
     model = base
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
+        plan("evaluate", {
+            "agents": ", ".join(args.policies), "model": base and model_row(base, args.model), "human": args.human,
+            "tasks": f"{len(tasks)} of {args.tasks}, {args.k} episodes each",
+            "tokens": f"at most {args.max_turns} messages of {args.max_new_tokens} an episode, {args.parallel} dialogues at once",
+            "memory": base and sampling_memory(base, args.batch_tokens), "sandbox": scorer.tier, "output": args.episodes})
         for policy in args.policies:
             if args.agent_server:
                 agent = ServerChat(args.agent_server, args.agent_server_model)
@@ -140,7 +161,7 @@ def main():
                 bar.set_postfix(success=f"{wins / bar.n:.3f}")
             bar.close()
     rewrite(args.episodes, lines, order)
-    report(args, lines, order)
+    report(args, lines, order, model if isinstance(model, PeftModel) else base)
 
 
 def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
@@ -196,8 +217,8 @@ def metrics_of(lines: list[dict]) -> dict:
     }
 
 
-def report(args, lines: list[dict], order: list[tuple]) -> None:
-    """Write metrics.json and print the table."""
+def report(args, lines: list[dict], order: list[tuple], model=None) -> None:
+    """Write metrics.json and report.html and print the table. model: the base model's weights, if they are in memory."""
     wanted, results = set(order), {}
     for policy in args.policies:
         results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted])
@@ -212,7 +233,15 @@ def report(args, lines: list[dict], order: list[tuple]) -> None:
         print(f"{policy:{width}}  {m['fixed']['success']:7.1%}  {low:7.1%} ..{high:6.1%}  {m['official']['success']:8.1%}  "
               f"{m['fixed']['tests_passed']:12.1%}  {m['turns']:5.1f}  {m['tokens_a_message']:10.1f}  "
               f"{m['answered_at_limit']:8.1%}  {m['leak_rate']:5.1%}  {m['episodes']:5d}  {m['errors']:6d}")
-    print(f"\n{args.episodes} has every dialogue, {args.metrics} every number")
+    lines = [x for x in lines if (x["policy"], x["id"], x["sample"]) in wanted]
+    if args.critic:
+        add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
+                   load_tokenizer(args.model), model)
+    page = write_report(args.metrics.with_name("report.html"), [args.run], results, lines)
+    print(f"\n{args.episodes} has every dialogue, {args.metrics} every number; to look at: {page}")
+    critic = Path(args.run) / "critic"
+    if critic.exists() and not args.critic:
+        print(f"next: which turn earned the credit? The same command with --critic {critic}. Be the human yourself: with --talk")
 
 
 if __name__ == "__main__":

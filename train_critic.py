@@ -32,6 +32,7 @@ from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_
 from colbench.judges import judge_scores, rollout_scores
 from colbench.model import (adapters_off, add_lora, candidate_trees, context_length, encode_dialogue, load_model, load_tokenizer,
                             message_logps, message_means, pack, tree_tokens)
+from colbench.show import next_step, training_plan
 from colbench.tasks import failed, load_trajectories, of_first_tasks
 from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head
 
@@ -226,6 +227,10 @@ def train(args, accelerator, model, reference, tokenizer, trajectories, pairs, t
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     first = load_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule)
     log = StepLog(accelerator, beside("_log.jsonl"), first)
+    if accelerator.is_main_process:
+        tokens = args.epochs * sum(tree_tokens(trees[index]) for pair in pairs for index in pair)
+        what = f"{args.batch_size} of {len(pairs)} {'trajectories' if args.critic == 'value' else 'pairs'}"
+        training_plan("train_critic", args, model, steps, first, what, tokens, args.critic_folder)
     accelerator.init_trackers("critic", config={name: str(value) for name, value in vars(args).items()})
     model.train()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="critic", unit="step",
@@ -356,7 +361,7 @@ def rank(args, accelerator, model, reference_logps, tokenizer):
     bar.close()
     if accelerator.is_main_process:
         print(f"{args.preferences}: {len(missing) - left_out} states ranked, {left_out} left out for their length")
-        print("next: python train_policy.py" + (f" --run {args.run}" if args.run != "runs/tiny" else ""))
+        print(next_step("train_policy.py", args))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages
 from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
 from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
                             message_ids, message_logps, pack, tree_tokens)
+from colbench.show import next_step, training_plan
 from colbench.tasks import load_trajectories, of_first_tasks
 from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
 from train_critic import make_pairs
@@ -228,6 +229,8 @@ def main():
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     first = load_checkpoint(accelerator, args.policy, model, optimizer, schedule)
     log = StepLog(accelerator, beside("_log.jsonl"), first)
+    if accelerator.is_main_process:
+        training_plan("train_policy", args, model, steps, first, f"up to {args.batch_size} pairs", args.epochs * sum(sizes), args.policy)
     accelerator.init_trackers("policy", config={name: str(value) for name, value in vars(args).items()})
     model.train()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", unit="step",
@@ -283,8 +286,7 @@ def main():
     save_trained(accelerator, args.policy, model, tokenizer, vars(args))
     if accelerator.is_main_process:
         print(f"{args.policy}: trained on {sum(len(unit['pairs']) for unit in units)} {args.algorithm} examples in {steps} steps")
-        print("next: python evaluate.py" + (f" --run {args.run}" if args.run != "runs/tiny" else "")
-              + (f" --policies base {args.policy}" if args.policy.name != "policy" else ""))
+        print(next_step("evaluate.py", args) + (f" --policies base {args.policy}" if args.policy.name != "policy" else ""))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ KINDS = [
     ("range", range, lambda v: (v.start, v.stop, v.step), lambda p: range(*p)),
     ("complex", complex, lambda v: (v.real, v.imag), lambda p: complex(*p)),
     ("Decimal", Decimal, lambda v: [Decimal.__str__(v)], lambda p: Decimal(p[0])),
-    ("Fraction", Fraction, lambda v: (v.numerator, v.denominator), lambda p: Fraction(*p)),
+    ("Fraction", Fraction, lambda v: (v.numerator, v.denominator),
+     lambda p: Fraction(*map(int.__index__, p))),  # never a text: "1e999999999" would be written out
     ("timedelta", datetime.timedelta, lambda v: (v.days, v.seconds, v.microseconds), lambda p: datetime.timedelta(*p)),
     ("datetime", datetime.datetime, lambda v: (v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond,
                                                v.utcoffset()), lambda p: datetime.datetime(*p[:7], _zone(p[7]))),

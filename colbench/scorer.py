@@ -2,8 +2,8 @@
 
     with Scorer(workers=2) as scorer:
         result = scorer.score(task, answer)
-    # {"fixed": {"passed": 8, "total": 10, "calls": ["passed", "wrong", ...]}, "official": {"passed": 7, "total": 10},
-    #  "sandbox": "strict"}, and "note" when the answer was not run
+    # {"fixed": {"passed": 8, "total": 10, "calls": ["passed", "wrong", ...], "expected": ["12", ...], "got": ["12", ...]},
+    #  "official": {"passed": 7, "total": 10}, "sandbox": "strict"}, and "note" when the answer was not run
 
 Two modes from one scoring:
   fixed     what the benchmark means: code is found wherever it stands in the answer and runs in one namespace.
@@ -14,12 +14,14 @@ Two modes from one scoring:
             SystemExit, which ends the whole run there, is a call not passed; code that catches the alarm may go on for
             1 s more, there for ever; an object whose own __eq__ says yes is not data and does not pass.
 In both a call passes when the results are equal by ==; a reference that gives None, raises or is no plain data never
-counts. In fixed mode numpy arrays compare as nested lists.
+counts. In fixed mode numpy arrays compare as nested lists. `expected` and `got` are for people: short texts of the results,
+None where there is none.
 """
 import json
 import math
 import os
 import queue
+import reprlib
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,8 @@ from colbench.files import UserError
 MAX_ANSWER = 200_000      # bytes of UTF-8; longer answers score 0
 CALL_S = 1                # wall seconds an answer has for a call, as in the released evaluator
 REFERENCE_S = 10.0        # the same for a reference, which has no limit there
+SHOWN_WIRE = 20_000       # bytes of JSON: a longer result is not shown, only its size
+SHOWN = 200               # characters of a result that are shown
 BANNED = ("import os", "from os", "import sys", "from sys", "sudo", "transformers", "exit(", "quit(", "argparse")
 
 
@@ -78,6 +82,37 @@ def read(outcome, array):
     except Exception:  # what the sandbox sent does not decode, such as a set of unhashable items
         return None
     return None if value is None else (value, len(outcome[1]))
+
+
+class ShortRepr(reprlib.Repr):
+    """Short texts of plain data, made here and never by an object's own __repr__; the same in every process."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 20
+        self.maxstring = self.maxlong = self.maxother = SHOWN
+
+    def repr_set(self, value, level):  # the library's order falls back to that of hashes, which differ between processes
+        items = sorted(self.repr1(item, level - 1) for item in value) if level > 0 else ["..."]
+        more = ", ..." if len(items) > self.maxset else ""
+        return "{" + ", ".join(items[:self.maxset]) + more + "}" if value else "set()"
+
+    def repr_frozenset(self, value, level):
+        return f"frozenset({self.repr_set(value, level) if value else ''})"
+
+
+def shown(outcome):
+    """A short text of the result in an outcome from the sandbox, possibly forged; None where the call gave none."""
+    kind, wire = outcome
+    if kind != "value":
+        return None
+    if len(wire) > SHOWN_WIRE:
+        return f"(a result of {len(wire)} bytes)"
+    try:
+        text = ShortRepr().repr(sandbox.decode(json.loads(wire), nested_list))
+    except Exception:  # an integer of too many digits, or a forged result
+        return "(cannot be shown)"
+    return text if len(text) <= SHOWN else text[:SHOWN - 3] + "..."
 
 
 def judge(expected, outcome, array):
@@ -149,7 +184,8 @@ class Scorer:
         none = [("refused", b"")] * len(calls)
         verdicts = [judge(*pair, nested_list) for pair in zip(expected["fixed"], got.get("fixed", none))]
         official = [judge(*pair, OfficialArray) for pair in zip(expected["official"], got.get("official", none))]
-        result = {"fixed": {"passed": verdicts.count("passed"), "total": len(calls), "calls": verdicts},
+        result = {"fixed": {"passed": verdicts.count("passed"), "total": len(calls), "calls": verdicts,
+                            "expected": expected["shown"], "got": [shown(outcome) for outcome in got.get("fixed", none)]},
                   "official": {"passed": official.count("passed"), "total": len(calls)}, "sandbox": self.tier}
         return {**result, "note": note} if note else result
 
@@ -168,7 +204,8 @@ class Scorer:
             if key not in self.references:
                 got = self.zygotes[0].run({"fixed": reference, "official": reference}, calls, REFERENCE_S)
                 self.references[key] = {"fixed": [read(outcome, nested_list) for outcome in got["fixed"]],
-                                        "official": [read(outcome, OfficialArray) for outcome in got["official"]]}
+                                        "official": [read(outcome, OfficialArray) for outcome in got["official"]],
+                                        "shown": [shown(outcome) for outcome in got["fixed"]]}
             return self.references[key]
 
 

@@ -522,3 +522,9 @@ def test_data_comes_back_the_same(value):
     back = sandbox.decode(json.loads(json.dumps(sandbox.encode(value))), None)
     assert back == value and type(back) is type(value)
     assert repr(back) == repr(value) or isinstance(value, (set, frozenset))
+
+
+def test_forged_fraction_is_not_written_out():
+    """Fraction("1e999999999") as a text would take the parent's memory; data has two integers there."""
+    with pytest.raises(TypeError):
+        sandbox.decode(["Fraction", "1e999999999"], None)

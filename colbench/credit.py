@@ -1,0 +1,86 @@
+"""Which turn earned the credit: the critic's advantage of every agent turn of finished episodes, and of every token.
+
+evaluate.py --critic RUN/critic calls `add_credit`; report.html shows it. One line an episode goes to RUN/advantages.jsonl:
+{"policy", "id", "sample", "critic", "turns": [{"advantage", "ratios": [[end, log-ratio], …], "candidates"?}, …]}. `end` is where
+the token ends in the message, in characters; the mean of the log-ratios is the advantage, equation (1) of train_critic.py.
+"""
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+
+from colbench.dialogue import prompt_messages
+from colbench.files import append_jsonl, repair_jsonl, write_aside
+from colbench.model import (adapters_off, encode_dialogue, end_of_turn, load_model, message_ids, message_logps, pack, put_adapter,
+                            tree_tokens)
+
+TOKENS = 4096  # in one forward pass
+
+
+def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -> list[dict]:
+    """Score the agent turns of the episodes in `lines` that `path` (advantages.jsonl; None: no file) lacks, with the critic in
+    folder `critic`. Returns the new rows.
+
+    base: name of the base model, π_ref. model: its weights, if they are in memory. Both π_θ and π_ref read c, the hidden
+    reference, in the prompt. Candidates of a turn (`candidates` in its message) are scored too. Interrupted, it goes on.
+    """
+    from train_critic import advantage, with_hidden_info  # here, not above: equation (1) and the place of c stand in that script
+
+    there = [row for row in repair_jsonl(path) if row["critic"] == str(critic)] if path else []  # another critic's are made anew
+    done = {(row["policy"], row["id"], row["sample"]) for row in there}
+    todo = [line for line in lines if "reward" in line and (line["policy"], line["id"], line["sample"]) not in done]
+    if not todo:
+        return []
+    critic_model = put_adapter(model, str(critic)) if model is not None else load_model(base, load_in_4bit, adapter=str(critic))
+    whole = not isinstance(critic_model, PeftModel)  # after full fine-tuning π_ref is a model of its own
+    reference = load_model(base, load_in_4bit) if whole else critic_model
+    trees = [tree_of(tokenizer, line, with_hidden_info) for line in todo]
+    if path:
+        write_aside(path, lambda temporary: [temporary.touch(), *(append_jsonl(temporary, row) for row in there)])
+    rows, bar = [], tqdm(total=len(todo), desc="credit", unit="episode")
+    for group in pack([sum(map(tree_tokens, of_line)) for of_line in trees], TOKENS):
+        flat = [tree for k in group for tree in trees[k]]
+        with torch.no_grad():
+            logps = message_logps(critic_model, flat)
+            with adapters_off(reference):
+                ref_logps = message_logps(reference, flat)
+        scored = zip(logps, ref_logps)
+        for k in group:
+            line, (turns, states) = todo[k], (next(scored), [next(scored) for _ in trees[k][1:]])
+            row = {"policy": line["policy"], "id": line["id"], "sample": line["sample"], "critic": str(critic), "turns": []}
+            said = [message for message in line["dialogue_history"] if message["role"] == "assistant"]
+            for message, theta, ref in zip(said, *turns):
+                turn = {"advantage": rounded(advantage(theta, ref)),
+                        "ratios": list(zip(token_ends(tokenizer, message["content"].strip()), map(rounded, theta - ref)))}
+                if message.get("candidates"):
+                    texts = dict.fromkeys(message["candidates"])
+                    turn["candidates"] = [(text, rounded(advantage(*both))) for text, both in zip(texts, zip(*states.pop(0)))]
+                row["turns"].append(turn)
+            rows.append(row)
+            if path:
+                append_jsonl(path, row)
+        bar.update(len(group))
+    bar.close()
+    return rows
+
+
+def tree_of(tokenizer, line, with_hidden_info) -> list[tuple]:
+    """The trees (see message_logps) of an episode: the dialogue with its agent turns, then each state that has candidates."""
+    history, reference = line["dialogue_history"], line["task"]["ground_truth"]
+
+    def prompt(i):
+        return encode_dialogue(tokenizer, with_hidden_info(prompt_messages(line["system"], history[:i]), reference))
+    trees, end_id = [(*prompt(len(history)), [])], end_of_turn(tokenizer)
+    for i, message in enumerate(history):
+        if message["role"] == "assistant" and message.get("candidates"):
+            trees.append((prompt(i)[0], [], [message_ids(tokenizer, text, end_id) for text in dict.fromkeys(message["candidates"])]))
+    return trees
+
+
+def token_ends(tokenizer, content: str) -> list[int]:
+    """Where each token of message_ids ends in `content`, in characters; the end-of-turn token ends behind the last."""
+    offsets = tokenizer(content, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
+    return [end for _, end in offsets] + [len(content)]
+
+
+def rounded(value) -> float:
+    return float(f"{float(value):.3g}")

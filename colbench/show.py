@@ -1,0 +1,75 @@
+"""What a stage prints before it starts: what will be done with what. One block of aligned lines, and the figures in it."""
+import resource
+import sys
+
+import torch
+
+from colbench.model import LOGITS_AT_ONCE
+
+
+def plan(title: str, rows: dict) -> None:
+    """Print a block: the title, then a line for each name and text. Rows with nothing to say (None) are left out."""
+    rows = {name: text for name, text in rows.items() if text is not None}
+    width = max(map(len, rows))
+    print(f"\n{title}", *(f"  {name:{width}}  {text}" for name, text in rows.items()), "", sep="\n", flush=True)
+
+
+def model_row(model, name: str, training: bool = False) -> str:
+    """Its name, number of weights and the bytes they take; with `training` also how many are trained."""
+    weights = model.num_parameters() if hasattr(model, "num_parameters") else sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = f"{name}: {count(weights)} weights in {model.get_memory_footprint() / 1e9:.2f} GB on {model.device}"
+    return size + f", {count(trained)} of them are trained" * training
+
+
+def count(n: float) -> str:
+    """A number for people: 1.9 M, 8.0 G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.0f}"
+
+
+def memory_now(device) -> float:
+    """Bytes held at this moment: on the GPU by tensors, else the most the process has had resident."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def sampling_memory(model, batch_tokens: int) -> str:
+    """Estimate for sampling: what is held now, and keys and values of batch_tokens tokens, which grow by copying (twice)."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = batch_tokens * config.num_hidden_layers * 2 * heads * width * model.dtype.itemsize
+    return f"at most about {(memory_now(model.device) + 2 * cache) / 1e9:.1f} GB while sampling (--batch-tokens {batch_tokens:,})"
+
+
+def training_memory(model, tokens: int, checkpointing: bool) -> str:
+    """Estimate for training with `tokens` tokens in one pass: what is held now, gradients and Adam's two moments of what is
+    trained, activations (of one layer at a time with gradient checkpointing), mask, and one chunk of logits with its gradient."""
+    config = model.config.get_text_config()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = tokens * (14 * hidden + 6 * inner) * model.dtype.itemsize  # kept for the backward pass, LoRA's inputs included
+    layers = config.num_hidden_layers
+    activations = layer + layers * tokens * hidden * model.dtype.itemsize if checkpointing else layers * layer
+    logits = 3 * 4 * min(LOGITS_AT_ONCE, tokens * config.vocab_size)
+    total = memory_now(model.device) + 12 * trained + activations + tokens**2 + logits
+    return f"about {total / 1e9:.1f} GB with up to {tokens:,} tokens in one pass (--tokens-per-step)"
+
+
+def training_plan(title: str, args, model, steps: int, first: int, batch: str, tokens: int, output) -> None:
+    """The block of a training script. first: steps done by an interrupted run; tokens: of all epochs."""
+    plan(title, {
+        "model": model_row(model, args.model, training=True),
+        "steps": f"{steps} of {batch}, {args.epochs} epochs, learning rate {args.learning_rate:g}" + f", {first} are done" * (first > 0),
+        "tokens": f"about {count(tokens)} in all", "memory": training_memory(model, args.tokens_per_step, args.gradient_checkpointing),
+        "output": f"{output}; curves at any time: python -m colbench.report {args.run}"})
+
+
+def next_step(script: str, args) -> str:
+    """The command of the next stage, with the flags that make it the same run."""
+    flags = [f"--preset {args.preset}"] * (args.preset != "tiny") + [f"--run {args.run}"] * (args.run != f"runs/{args.preset}")
+    return " ".join(["next: python", script, *flags])

@@ -1,0 +1,417 @@
+"""The report in a real browser, the credit against a slow computation, --talk in a real terminal."""
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from colbench.credit import add_credit, token_ends
+from colbench.dialogue import prompt_messages
+from colbench.files import UserError
+from colbench.model import add_lora, encode_dialogue, load_model, load_tokenizer, message_ids
+from colbench.report import address, write_report
+from colbench.scorer import Scorer
+from colbench.tasks import load_tasks
+from evaluate import metrics_of
+from train_critic import HIDDEN_INFO
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = os.environ.get("COLBENCH_CHROMIUM") or next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+HOSTILE = ("<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 2'></textarea><!-- </title>\u2028"
+           "<svg onload=alert(1)> \u202eevil\u202c \ud800 \x00 [x](javascript:alert(1)) http://example.com/leak ${window.pwned=3} ]]>")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium: apt-get install chromium, or name one in COLBENCH_CHROMIUM")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Watched:
+    """A page and everything it must not do: console errors, dialogs, requests that leave the file and its folder."""
+
+    def __init__(self, browser, path, **settings):
+        self.wrong, self.requests = [], []
+        self.page = browser.new_page(**settings)
+        self.page.on("console", lambda message: self.wrong.append(message.text))
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.wrong.append("dialog"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(f"file://{path}")
+
+    def items(self):
+        return self.page.locator("#list .item").count()
+
+    def search(self, words, expected):
+        self.page.fill("#search", words)
+        self.page.wait_for_function("n => document.querySelectorAll('#list .item').length === n", arg=expected, timeout=10_000)
+
+    def close(self, requests=1):
+        assert not self.wrong and len(self.requests) == requests, (self.wrong, self.requests)
+        assert all(url.startswith("file://") for url in self.requests)
+        assert self.page.evaluate("window.pwned === undefined && document.scripts.length === 2")
+        self.page.close()
+
+
+def task(name, reference="def f(x):\n    y = x + 1  # one more\n    return y"):
+    return {"id": name, "problem_description": f"Please write f for {name}.", "ground_truth": reference,
+            "test_cases": {"t1": "f(1)", "t2": "f('<b>')"}}
+
+
+def episode(name, policy, passed, texts=("What is added?",), answer="def f(x):\n    y = x + 2\n    return y", **more):
+    """Its verdicts say that `passed` of two calls passed."""
+    history = [{"role": "user", "content": f"Please write f for {name}."}]
+    for text in texts:
+        history += [{"role": "assistant", "content": text, "output": text, "tokens": 4}, {"role": "user", "content": "One."}]
+    history.append({"role": "assistant", "content": "I WANT TO ANSWER:\n" + answer, "output": "I WANT TO ANSWER:\n" + answer, "tokens": 9})
+    return {"id": name, "sample": 0, "policy": policy, "task": task(name), "system": "Ask.", "dialogue_history": history,
+            "answer": answer, "outcome": "answered", "reward": passed / 2, "scores": {"sandbox": "strict", "fixed": {
+                "passed": passed, "total": 2, "calls": ["passed"] * passed + ["wrong"] * (2 - passed), "expected": ["2", "'<i>'"],
+                "got": ["2", None]}, "official": {"passed": 0, "total": 2}}} | more
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def logs(directory, slope=1.0, n=40):
+    write_lines(directory / "critic_log.jsonl", [
+        {"step": i, "loss": 0.69 - 0.01 * i * slope, "rewards/accuracies": 0.5, "margin": slope * i, "rewards/chosen": 0.1 * i,
+         "rewards/rejected": -0.1 * i, "tokens_per_second": 1234.5, "peak_memory_gb": 0.5} for i in range(n)])
+
+
+@pytest.fixture()
+def run(tmp_path):
+    """A made-up run: 30 tasks, two policies; policy solves every third task, base every tenth; some oddities."""
+    rows = []
+    for policy, every in (("base", 10), ("runs/x/policy", 3)):
+        for i in range(30):
+            rows.append(episode(f"task-{i}", policy, 2 if i % every == 0 else i % 2))
+    rows[1] |= {"outcome": "limit"}
+    rows[2]["dialogue_history"][2]["leaked"] = True
+    broken = {key: rows[3][key] for key in ("id", "sample", "policy", "task", "system")}
+    rows[3] = broken | {"dialogue_history": rows[3]["dialogue_history"][:1], "answer": None, "outcome": "error: agent: TimeoutError: 1"}
+    write_lines(tmp_path / "episodes.jsonl", rows)
+    return tmp_path
+
+
+def test_table_filter_and_search(browser, run):
+    rows = [json.loads(line) for line in open(run / "episodes.jsonl")]
+    path = write_report(run / "report.html", [run], {p: metrics_of([r for r in rows if r["policy"] == p]) for p in ("base", "runs/x/policy")})
+    for scheme, width in (("light", 1200), ("dark", 390)):
+        report = Watched(browser, path, viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = report.page
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out on a phone
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (dark == "rgb(20, 22, 26)") == (scheme == "dark")
+        table = page.locator("#table").inner_text()
+        base, policy = table.split("runs/x/policy")
+        assert "10.3 %" in base and "33.3 %" in policy  # 3 of 29 sound episodes, 10 of 30
+        assert "success · fixed" in table and "success · official" in table and " .. " in table
+        counted = {chip: int(page.locator(f"#kind-{chip} span").inner_text()) for chip in ("all", "solved", "failed", "limit", "leaked", "error")}
+        assert counted == {"all": 60, "solved": 13, "failed": 46, "limit": 1, "leaked": 1, "error": 1}
+        for chip, n in counted.items():
+            page.click(f"#kind-{chip}")
+            assert report.items() == n
+        page.click("#kind-solved")
+        page.select_option("#source", "runs/x/policy")
+        assert report.items() == 10
+        report.search("task-27 f", 1)
+        assert page.locator("#detail").inner_text().count("task-27") >= 1
+        report.search("no such words", 0)
+        report.close()
+
+
+def test_success_of_the_table_is_counted(browser, run):
+    """Without metrics.json, as during an evaluation: 3 of 29 sound episodes of base, 10 of 30 of the policy."""
+    report = Watched(browser, write_report(run / "report.html", [run]))
+    first = [row.locator("td").nth(1).inner_text().split("\n")[0] for row in report.page.locator("#table tbody tr").all()]
+    assert first == ["10.3 %", "33.3 %"]
+    report.close()
+
+
+def test_dialogue_answer_and_tests(browser, run):
+    report = Watched(browser, write_report(run / "report.html", [run]))
+    page = report.page
+    report.search("task-0", 2)
+    page.locator("#list .item").nth(1).click()
+    turns = [turn.split("\n") for turn in page.locator("#detail .turn").all_inner_texts()]
+    assert [turn[0] for turn in turns] == ["human", "agent 1", "human", "agent 2"] and "What is added?" in turns[1]
+    pairs = page.locator("#detail .pair:not(.title)")
+    assert [("differs" in row.get_attribute("class")) for row in pairs.all()] == [False, True, False]  # x + 1 beside x + 2
+    assert pairs.nth(1).locator("mark").all_inner_texts() == ["1  # one more", "2"]
+    calls = [row.split("\t") for row in page.locator("#detail .calls tbody tr").all_inner_texts()]
+    assert calls == [["f(1)", "2", "2", "✓ passed"], ["f('<b>')", "'<i>'", "", "✓ passed"]]
+    report.close()
+
+
+def test_comments_do_not_count_as_differences(browser, tmp_path):
+    answer = "```python\ndef f(x):\n    y = x + 1\n    return y\n```"
+    write_lines(tmp_path / "episodes.jsonl", [episode("a", "base", 2, answer=answer)])
+    report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path]))
+    assert report.page.locator("#detail .pair.same").count() == 3 and report.page.locator("#detail .pair.differs").count() == 0
+    report.close()
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_hostile_texts_do_nothing(browser, tmp_path, long):
+    text = HOSTILE + "a<b>" * 250_000 * long
+    odd = episode("h<i>", f"</script>{HOSTILE}", 1, [text], answer=text, outcome="answered", system=text)
+    odd["task"] |= {"problem_description": text, "ground_truth": text, "reference_picture": "javascript:alert(1).png"}
+    odd["task"]["test_cases"] = {HOSTILE: text}
+    odd["dialogue_history"][1] |= {"candidates": [text, HOSTILE], "advantages": [0.5, float("nan")], "output": "think " + text + "OUTPUT:" + text,
+                                   "picture": "http://example.com/leak.png"}
+    odd["scores"]["fixed"] |= {"expected": [HOSTILE], "got": [HOSTILE]}
+    write_lines(tmp_path / "episodes.jsonl", [odd, odd | {"sample": 1, "outcome": "error: " + text, "error": text}])
+    write_lines(tmp_path / "critic_log.jsonl", [{"step": 0, "loss": float("nan"), "margin": 1.0}])
+    metrics = {f"</script>{HOSTILE}": {"episodes": 1, HOSTILE: 1.5, "success": float("nan")}}
+    path = write_report(tmp_path / "report.html", [tmp_path], metrics)
+    assert path.stat().st_size < 2e6  # a long text is cut, and says so
+    report = Watched(browser, path)
+    for button in report.page.locator("#detail .link").all():
+        button.click()
+    shown = report.page.locator("#detail .turn").nth(1).inner_text()
+    assert "<script>window.pwned = 1</script>" in shown and "</textarea>" in shown and "\\u202eevil\\u202c \\ud800 \\u0000" in shown
+    assert ("more characters" in shown) == long
+    assert report.page.locator("#detail img").count() == 0 and report.page.locator("#detail script, #detail svg").count() == 0
+    report.page.click("#kind-error")
+    report.search("evil", 1)
+    report.close()
+
+
+def test_pictures_are_shown_and_only_files_of_the_run(browser, tmp_path):
+    shots = tmp_path / "run" / "shots"
+    shots.mkdir(parents=True)
+    pixel = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+                          "1f15c4890000000d49444154789c63606060f80f00010401005fe5c34b0000000049454e44ae426082")
+    for name in ("a #1.png", "r.png"):
+        (shots / name).write_bytes(pixel)
+    odd = episode("p", "base", 1)
+    odd["dialogue_history"][1]["picture"], odd["task"]["reference_picture"] = "shots/r.png", "shots/r.png"
+    write_lines(tmp_path / "run" / "episodes.jsonl", [odd])
+    report = Watched(browser, write_report(tmp_path / "elsewhere" / "report.html", [tmp_path / "run"]))
+    report.page.wait_for_function("[...document.images].length === 2 && [...document.images].every(i => i.complete && i.naturalWidth === 1)")
+    report.close(requests=2)  # the file and, once, the picture
+    assert address("shots/r 1.png", ".") == "shots/r%201.png" and address("shots/r.png", "../run") == "../run/shots/r.png"
+    for bad in ("/etc/x.png", "../x.png", "a/../../x.png", "http://a/x.png", "//a/x.png", "data:x.png", "a\\b.png", "x.svg", "x.png?y", ""):
+        assert address(bad, ".") is None, bad
+
+
+def test_curves_at_any_time_and_of_several_runs(browser, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    logs(one, 1.0, 700), logs(two, 2.0, 3)
+    with open(one / "critic_log.jsonl", "a") as file:
+        file.write('{"step": 700, "lo')  # the line that is being written
+    before = (one / "critic_log.jsonl").read_bytes()
+    done = subprocess.run([sys.executable, "-m", "colbench.report", one, two], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and str(one / "report.html") in done.stdout, done.stderr
+    assert (one / "critic_log.jsonl").read_bytes() == before
+    report = Watched(browser, one / "report.html")
+    titles = report.page.locator(".curves figcaption").all_inner_texts()
+    assert titles[:3] == ["Loss", "Pair accuracy", "Margin"] and "chosen" in titles[3]
+    assert report.page.locator(".legend span").all_inner_texts() == [str(one), str(two)]
+    margin = report.page.locator(".curves figure").nth(2)
+    assert margin.locator("path").count() == 4  # raw and mean, of two runs
+    # running mean at the last bucket: steps 699-2 .. 699, each the mean of what lies within 35 steps; hand computed
+    last = [sum(range(max(0, i - 35), 700)) / (700 - max(0, i - 35)) for i in (699,)]
+    assert f"{one} {last[0]:.3g}"[:-1] in margin.locator(".readout").inner_text()
+    assert "700 steps logged, 1,234 tokens/s" in report.page.locator("#curves").inner_text()
+    report.close()
+
+
+def test_training_run_shows_ranked_candidates(browser, tmp_path):
+    trajectory = episode("a", "x", 2)
+    del trajectory["policy"]
+    texts = ["What is added?", "Who are you?", "Why?"]
+    trajectory["dialogue_history"][1]["candidates"] = texts
+    state = {"id": "a", "sample": 0, "turn": 1, "messages": [{"role": "system", "content": "Ask."}, trajectory["dialogue_history"][0]],
+             "candidates": texts, "advantages": [0.25, -1.5, 0.75]}
+    write_lines(tmp_path / "preferences.jsonl", [state])
+    for there in ("preferences.jsonl alone", "with its trajectory"):
+        if there == "with its trajectory":
+            write_lines(tmp_path / "trajectories.jsonl", [trajectory])
+        report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path]))
+        report.page.get_by_text("3 candidates").click()
+        ranked = [row.split("\n") for row in report.page.locator(".candidate").all_inner_texts()]
+        assert [row[0] for row in ranked] == ["+0.75", "+0.25", "−1.50"]
+        assert [row[1].split("  ")[0] for row in ranked] == ["Why?", "What is added?", "Who are you?"]
+        if there == "with its trajectory":
+            assert ["← played" in row[1] for row in ranked] == [False, True, False]
+            badge = report.page.locator("#detail .side .score")
+            assert badge.all_inner_texts() == ["+0.25"]
+        report.close()
+
+
+def test_thousand_episodes_are_small_and_drawn_lazily(browser, tmp_path):
+    """Ten turns of 400 characters, references of 1.5 kB, per-token credit for every turn: 1,000 of them."""
+    words, rows, credit = "which discount holds for orders above the limit ", [], []
+    for i in range(1000):
+        row = episode(f"t{i // 2}", ("base", "policy")[i % 2], i % 3, [f"{i} " + words * 8] * 9, answer="x = 1\n" * 150)
+        row["task"]["ground_truth"] = "y = 2  # why\n" * 110
+        row["dialogue_history"][1]["input"] = "prompt " * 2000
+        rows.append(row)
+        credit.append({"policy": row["policy"], "id": row["id"], "sample": 0, "turns": [
+            {"advantage": 0.1, "ratios": [(k * 4, -0.123) for k in range(1, 100)]} for _ in range(10)]})
+    write_lines(tmp_path / "episodes.jsonl", rows)
+    write_lines(tmp_path / "advantages.jsonl", credit)
+    path = write_report(tmp_path / "report.html", [tmp_path], {})
+    assert path.stat().st_size < 20e6
+    report = Watched(browser, path)
+    assert report.items() < 100 and report.page.locator("#detail .turn").count() == 20
+    assert report.page.locator("#kind-all span").inner_text() == "1000"
+    report.search("t499 998", 1)
+    report.close()
+
+
+def test_what_does_not_fit_is_counted(tmp_path):
+    write_lines(tmp_path / "episodes.jsonl", [episode(f"t{i}", "base", 1, [f"{i}" + "é" * 19_000] * 9) for i in range(40)])
+    path = write_report(tmp_path / "report.html", [tmp_path], {})
+    assert path.stat().st_size < 20e6 and "of 40 episodes are left out" in path.read_text()
+
+
+def test_same_run_same_file(run):
+    logs(run)
+    assert write_report(run / "a.html", [run]).read_bytes() == write_report(run / "b.html", [run]).read_bytes()
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(UserError, match="nothing to report"):
+        write_report(tmp_path / "report.html", [tmp_path])
+    (tmp_path / "episodes.jsonl").write_text('{"id"\n{}\n')
+    done = subprocess.run([sys.executable, "-m", "colbench.report", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{tmp_path}/episodes.jsonl:1" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- credit ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def critic(tmp_path_factory):
+    """An adapter that changes the tiny model: random where training starts at zero."""
+    torch.manual_seed(0)
+    model = add_lora(load_model("tiny"), 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    path = tmp_path_factory.mktemp("critic")
+    model.save_pretrained(path)
+    return path
+
+
+def test_credit_against_one_message_at_a_time(critic, tmp_path):
+    """add_credit packs whole dialogues and candidates into few passes; here every message is a pass of its own."""
+    tokenizer = load_tokenizer("tiny")
+    rows = [episode(f"c{i}", "base", 1, ["What is the toll?", "Is there a fee <|eot_id|>?"][:i]) for i in range(3)]
+    rows[2]["dialogue_history"][3]["candidates"] = ["What is the fee?", "Is it three?", "What is the fee?"]
+    path = tmp_path / "advantages.jsonl"
+    add_credit(path, rows[:1], critic, "tiny", False, tokenizer)
+    add_credit(path, rows, critic, "tiny", False, tokenizer, load_model("tiny"))  # goes on, with weights that are there
+    got = {row["id"]: row["turns"] for row in map(json.loads, open(path))}
+    assert [*got] == ["c0", "c1", "c2"]
+    model, base = load_model("tiny", adapter=str(critic)), load_model("tiny")
+
+    def ratios(row, place, text):
+        system = {"role": "system", "content": row["system"] + HIDDEN_INFO + row["task"]["ground_truth"]}
+        prompt = encode_dialogue(tokenizer, [system, *prompt_messages("", row["dialogue_history"][:place])[1:]])[0]
+        ids = message_ids(tokenizer, text, encode_end(tokenizer))
+        with torch.no_grad():
+            logps = [m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in (model, base)]
+        at = torch.arange(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        return (logps[0][at, ids] - logps[1][at, ids])
+    for row in rows:
+        places = [i for i, m in enumerate(row["dialogue_history"]) if m["role"] == "assistant"]
+        for place, turn in zip(places, got[row["id"]]):
+            message = row["dialogue_history"][place]
+            expected = ratios(row, place, message["content"])
+            assert turn["advantage"] == pytest.approx(expected.mean().item(), rel=0.02, abs=1e-3)
+            assert [r for _, r in turn["ratios"]] == pytest.approx(expected.tolist(), rel=0.02, abs=2e-3)
+            assert abs(turn["advantage"]) > 1e-3
+            for text, value in turn.get("candidates", []):
+                assert value == pytest.approx(ratios(row, place, text).mean().item(), rel=0.02, abs=1e-3)
+    assert [text for text, _ in got["c2"][1]["candidates"]] == ["What is the fee?", "Is it three?"]
+
+
+def encode_end(tokenizer):
+    from colbench.model import end_of_turn
+    return end_of_turn(tokenizer)
+
+
+@pytest.mark.parametrize("text", ["What is the toll?", "naïve 🙂👩‍💻 日本", "<|eot_id|> x", "a", "  "])
+def test_tokens_cover_the_message(text):
+    tokenizer, text = load_tokenizer("tiny"), text.strip()
+    ends = token_ends(tokenizer, text)
+    assert ends == sorted(ends) and ends[-1] == len(text) and len(ends) == len(message_ids(tokenizer, text, 0))
+
+
+def test_tokens_are_shaded_on_demand(browser, tmp_path):
+    write_lines(tmp_path / "episodes.jsonl", [episode("s", "base", 1, ["🙂 no"])])
+    write_lines(tmp_path / "advantages.jsonl", [{"policy": "base", "id": "s", "sample": 0, "turns": [
+        {"advantage": -0.5, "ratios": [(1, 0.25), (4, -1.25), (4, 0.0)]}, {"advantage": 2.0, "ratios": []}]}])
+    report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path], {}))
+    assert report.page.locator("#detail .side .score").all_inner_texts() == ["−0.50", "+2.00"]
+    assert report.page.locator("#detail .bubble span[title]").count() == 0
+    report.page.get_by_text("shade tokens").first.click()
+    tokens = report.page.locator("#detail .bubble span[title]")
+    assert tokens.all_inner_texts() == ["🙂", " no", "⏎"] and tokens.nth(1).get_attribute("title") == "−1.25"
+    report.page.get_by_text("plain text").first.click()
+    assert tokens.count() == 0
+    report.close()
+
+
+# ---- the reader as the human ------------------------------------------------------------------------------------------
+
+TALK = [sys.executable, str(ROOT / "evaluate.py"), "--policies", "base"]
+
+
+def check_talk(output, directory, number=2):
+    mini = load_tasks("mini:test", number)[-1]
+    assert mini["problem_description"] in " ".join(output.split()) and mini["ground_truth"].splitlines()[2].strip() in output
+    row = json.loads((directory / "talk.jsonl").read_text().splitlines()[-1])
+    assert row["id"] == mini["id"] and any(m["content"] == "Four, I think." for m in row["dialogue_history"])
+    with Scorer(workers=1) as scorer:
+        fixed = scorer.score(mini, row["answer"])["fixed"]
+    assert row["reward"] == fixed["passed"] / 10 and f"{fixed['passed']} of 10 tests passed" in output
+
+
+def test_talk_through_a_pipe(critic, tmp_path):
+    done = subprocess.run([*TALK, "--run", str(tmp_path), "--talk", "2", "--critic", str(critic)], cwd=ROOT, text=True, capture_output=True,
+                          input="\n" + "Four, I think.\n" * 9, timeout=300)
+    assert done.returncode == 0, done.stderr
+    check_talk(done.stdout, tmp_path)
+    assert "advantage of each message" in done.stdout
+    done = subprocess.run([*TALK, "--run", str(tmp_path), "--talk", "2"], cwd=ROOT, text=True, capture_output=True, input="", timeout=300)
+    assert done.returncode == 2 and "error: the input ended" in done.stderr and "Traceback" not in done.stderr
+    assert len((tmp_path / "talk.jsonl").read_text().splitlines()) == 1
+
+
+def test_talk_in_a_terminal(tmp_path):
+    mine, theirs = pty.openpty()
+    process = subprocess.Popen([*TALK, "--run", str(tmp_path), "--talk"], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    output, answered, deadline = "", 0, time.time() + 300
+    while time.time() < deadline:
+        if select.select([mine], [], [], 1)[0]:
+            try:
+                data = os.read(mine, 65536)
+            except OSError:  # the other end is closed
+                break
+            output += data.decode(errors="replace")
+        if output.count("you> ") > answered:
+            answered += 1
+            os.write(mine, b"Four, I think.\n")
+    assert process.wait(30) == 0, output
+    check_talk(output.replace("\r\n", "\n"), tmp_path, 1)
