@@ -18,6 +18,7 @@ import json
 import math
 from pathlib import Path
 
+from colbench.audit import flaws
 from colbench.credit import add_credit
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, write_aside
@@ -117,7 +118,7 @@ def main():
     if not any(missing.values()):
         rewrite(args.episodes, lines, order)  # for a run that was killed before its last step
         print(f"{args.episodes} is complete: nothing to play")
-        report(args, lines, order)
+        report(args, tasks, lines, order)
         return
     print(f"{sum(missing.values())} of {len(order)} episodes to play on {args.tasks}: "
           f"{', '.join(args.policies)}; human {args.human}")
@@ -161,7 +162,7 @@ def main():
                 bar.set_postfix(success=f"{wins / bar.n:.3f}")
             bar.close()
     rewrite(args.episodes, lines, order)
-    report(args, lines, order, model if isinstance(model, PeftModel) else base)
+    report(args, tasks, lines, order, model if isinstance(model, PeftModel) else base)
 
 
 def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
@@ -193,11 +194,11 @@ def bootstrap(values: list[float]) -> tuple[float, float]:
     return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
 
 
-def metrics_of(lines: list[dict]) -> dict:
+def metrics_of(lines: list[dict], flawed: dict) -> dict:
     """All that is reported about one policy. Rates leave out dialogues that ended in an error; these are counted.
 
     turns: agent messages an episode. tokens_a_message: as the agent's model counts them. answered_at_limit: share of episodes
-    whose last turn came without an answer. leak_rate: share of human replies with code of the reference in the first draft.
+    whose last turn came without an answer. clean_tasks: success where the task is not in `flawed` (see colbench/audit.py). leak_rate: share of human replies with code of the reference in the first draft.
     """
     sound = [line for line in lines if not failed(line)]
     n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
@@ -207,6 +208,9 @@ def metrics_of(lines: list[dict]) -> dict:
         shares = [share(line["scores"], mode) for line in sound]
         result[mode] = {"success": wins / n, "success_95": wilson(wins, len(sound)),
                         "tests_passed": sum(shares) / n, "tests_passed_95": bootstrap(shares)}
+    clean = [success(line["scores"], "fixed") for line in sound if line["id"] not in flawed]
+    result["clean_tasks"] = {"episodes": len(clean), "success": sum(clean) / max(1, len(clean)),
+                             "success_95": wilson(sum(clean), len(clean))}
     tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
     replies = [m for line in sound for m in line["dialogue_history"][1:] if m["role"] == "user"]
     return result | {
@@ -217,13 +221,14 @@ def metrics_of(lines: list[dict]) -> dict:
     }
 
 
-def report(args, lines: list[dict], order: list[tuple], model=None) -> None:
+def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model=None) -> None:
     """Write metrics.json and report.html and print the table. model: the base model's weights, if they are in memory."""
-    wanted, results = set(order), {}
+    wanted, results, audit = set(order), {}, flaws(tasks, args.metrics, args.allow_weak_sandbox)
     for policy in args.policies:
-        results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted])
+        results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted],
+                                     audit["flawed"])
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    text = json.dumps({"settings": settings, "policies": results}, indent=1)
+    text = json.dumps({"settings": settings, "audit": audit, "policies": results}, indent=1)
     write_aside(args.metrics, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     width = max(len(policy) for policy in results)
     print(f"\n{'':{width}}  {'success':>7}  {'95 % interval':>15}  {'official':>8}  {'tests passed':>12}  {'turns':>5}  "
@@ -233,15 +238,9 @@ def report(args, lines: list[dict], order: list[tuple], model=None) -> None:
         print(f"{policy:{width}}  {m['fixed']['success']:7.1%}  {low:7.1%} ..{high:6.1%}  {m['official']['success']:8.1%}  "
               f"{m['fixed']['tests_passed']:12.1%}  {m['turns']:5.1f}  {m['tokens_a_message']:10.1f}  "
               f"{m['answered_at_limit']:8.1%}  {m['leak_rate']:5.1%}  {m['episodes']:5d}  {m['errors']:6d}")
-    lines = [x for x in lines if (x["policy"], x["id"], x["sample"]) in wanted]
-    if args.critic:
-        add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
-                   load_tokenizer(args.model), model)
-    page = write_report(args.metrics.with_name("report.html"), [args.run], results, lines)
-    print(f"\n{args.episodes} has every dialogue, {args.metrics} every number; to look at: {page}")
-    critic = Path(args.run) / "critic"
-    if critic.exists() and not args.critic:
-        print(f"next: which turn earned the credit? The same command with --critic {critic}. Be the human yourself: with --talk")
+def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model=None) -> None:
+    """Write metrics.json and report.html and print the table. model: the base model's weights, if they are in memory."""
+    wanted, results, audit = set(order), {}, flaws(tasks, args.metrics, args.allow_weak_sandbox)
 
 
 if __name__ == "__main__":

@@ -44,17 +44,21 @@ def run_main(main, out_of_memory="less memory is needed"):
 
 def _outer_cause(error, out_of_memory):
     """One line on an error that is the machine's and no bug's (disk, rights, memory), else None."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO):
+    disk = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS
+    if isinstance(error, OSError) and error.errno in disk:
         return f"{error.filename or 'output'}: {error.strerror}"
     words = " ".join(str(error).split())
     if "No space left on device" in words or "File too large" in words:  # safetensors tells it in its own class
         return f"output: {words[:200]}; the same command goes on once there is room"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in words:
         return f"out of memory: {out_of_memory}; the same command then goes on from here"
-    return None
+    return error.__context__ and _outer_cause(error.__context__, out_of_memory)  # torch.save stumbles once more over what it met
 
 
 def _leave(message, code):
+    bars = sys.modules["tqdm"].tqdm._instances if "tqdm" in sys.modules else ()
+    for bar in list(bars):  # so that the message has a line of its own
+        bar.close()
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 

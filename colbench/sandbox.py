@@ -450,8 +450,9 @@ def zygote_main(control, parent, site_paths):
 class Zygote:
     """A warm process that forks jailed children; one thread at a time may use it. Starts again when lost."""
 
-    def __init__(self):
-        self.process, self.layers = None, None
+    def __init__(self, hash_seed="0"):
+        """hash_seed: PYTHONHASHSEED inside; answers and references need the same, or sets order differently."""
+        self.process, self.layers, self.hash_seed = None, None, hash_seed
         self.start()
 
     def start(self):
@@ -459,7 +460,7 @@ class Zygote:
         self.control, theirs = socket.socketpair()
         site = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         flags = ["-s", "-S", "-B"] + ["-P"] * (sys.version_info >= (3, 11))  # older: zygote_main takes the folder out
-        env = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        env = {"PYTHONHASHSEED": self.hash_seed, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python start only with it
             env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         arguments = [os.path.abspath(__file__), str(theirs.fileno()), str(os.getpid()), json.dumps(site)]

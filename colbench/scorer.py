@@ -148,8 +148,10 @@ class Scorer:
             self.close()
             raise UserError(f"the sandbox is not safe here, this gets through: {', '.join(through)}; "
                             "score on Linux with seccomp, or allow a weak sandbox if you trust the model")
-        if self.tier != "strict":
-            print(f"sandbox: {self.tier}, gets through: {', '.join(through) or 'nothing tried'}", file=sys.stderr)
+        print(f"sandbox: {self.tier} ({self.zygotes[1].layers.decode() or 'no layer of the kernel'}), of all that was tried got "
+              f"through: {', '.join(through) or 'nothing'}", file=sys.stderr)
+        for zygote in self.zygotes:
+            zygote.layers = self.zygotes[1].layers  # one that has others than those tested stops the run
         self.workers = workers
         self.references, self.reference_lock = {}, threading.Lock()
         self.free = queue.SimpleQueue()

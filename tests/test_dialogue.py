@@ -2,9 +2,10 @@
 
 import pytest
 
-from colbench.dialogue import answer_of, check_failures, play, said
+from colbench.dialogue import answer_of, keep_sound, play, said
 from colbench.files import UserError, seed_of
 from colbench.server import Reply
+from colbench.tasks import failed
 
 TASKS = [{"id": f"t{i}", "problem_description": f"request {i}", "ground_truth": f"def f():\n    return {i}  # SECRET"}
          for i in range(6)]
@@ -70,8 +71,11 @@ def test_an_error_ends_its_own_dialogue_only():
     human = Human(lambda task: ConnectionError("down") if task["id"] == "t4" else "yes")
     done = episodes(Agent(speak), human, [(task, 0) for task in TASKS])
     outcomes = {key[0]: episode["outcome"] for key, episode in done.items()}
-    assert outcomes["t2"] == "error: agent: RuntimeError: context full"
-    assert outcomes["t4"] == "error: human: ConnectionError: down"
+    assert outcomes["t2"] == outcomes["t4"] == "simulation_failed"
+    assert {key[0]: e["error"] for key, e in done.items() if "error" in e} == {
+        "t2": "agent: RuntimeError: context full", "t4": "human: ConnectionError: down"}
+    assert all(failed(done[t, 0]) == (t in ("t2", "t4")) for t in outcomes)
+    assert failed({"outcome": "error: human: as older files have it"})
     assert all(outcomes[t] == "answered" for t in ("t0", "t1", "t3", "t5"))
     assert any(m.get("leaked") for m in done["t3", 0]["dialogue_history"])
     assert not any(m.get("leaked") for m in done["t0", 0]["dialogue_history"])
@@ -109,9 +113,79 @@ def test_parallel_bounds_the_batch_and_the_reference_is_never_shown():
     assert "SECRET" not in str(agent.shown)
 
 
+class Server:
+    """Counts how often it is asked whether it lives; dies at the time `dies`."""
+
+    def __init__(self, dies=99):
+        self.checks, self.dies = 0, dies
+
+    def check(self):
+        self.checks += 1
+        if self.checks == self.dies:
+            raise UserError("no answer")
+
+
+def batch(text):
+    return [{"outcome": "answered"} if c == "+" else {"outcome": "simulation_failed", "error": "human: x"} for c in text]
+
+
+def passed_on(batches):
+    """(episodes that are written, the error that ended the run)"""
+    written = []
+    try:
+        for episodes in batches:
+            written += episodes
+    except UserError as error:
+        return written, str(error)
+    return written, None
+
+
+def test_failures_of_dialogues_are_kept_and_those_of_servers_are_not():
+    server = Server()
+    written, error = passed_on(keep_sound(map(batch, ["++", "+-", "-", "++", "-"]), [server]))
+    assert len(written) == 8 and sum(map(failed, written)) == 3 and error is None and server.checks == 3
+    written, error = passed_on(keep_sound(map(batch, ["++", "+-", "+--", "+"]), [Server(dies=2)]))
+    assert error == "no answer" and len(written) == 4 and not any(map(failed, written))
+
+
 def test_a_run_in_which_all_fails_stops():
-    recent = []
-    check_failures([{"outcome": "answered"}] * 3, recent, window=5)
-    check_failures([{"outcome": "error: human: x"}] * 4, recent, window=5)
-    with pytest.raises(UserError, match="last 5 dialogues all failed"):
-        check_failures([{"outcome": "error: human: x"}], recent, window=5)
+    written, error = passed_on(keep_sound(map(batch, ["+++", "----", "+", "---", "--", "+"]), [], window=5))
+    assert len(written) == 8 and sum(map(failed, written)) == 4 and error.startswith("the last 5 dialogues all failed (human: x)")
+    written, error = passed_on(keep_sound(map(batch, ["+++", "----"]), [], window=5))
+    assert len(written) == 7 and error is None  # the end of the run: they count as failed
+
+
+@pytest.mark.parametrize("written", [0, 1, 3, 20, 23])
+def test_a_resumed_run_meets_the_batches_of_an_undisturbed_one(written):
+    """What an agent says here depends on its whole batch, as the last bits of a local model's log-probs do."""
+    class Local(Agent):
+        repeatable = True
+
+        def sample(self, conversations, seeds, temperature, max_new_tokens):
+            everything = str(conversations) + str(seeds)
+            self.speak = lambda messages, seed: random_speaker(messages, seed_of(seed, everything))
+            return super().sample(conversations, seeds, temperature, max_new_tokens)
+
+    class Person(Human):
+        repeatable = True
+
+        def reply(self, tasks, histories, seeds):
+            super().reply(tasks, histories, seeds)
+            return [f"yes {seed_of(str(histories), seed) % 100}" for seed in seeds]
+
+    todo = [(task, sample) for sample in range(4) for task in TASKS]
+    agent = Local(None)
+    straight = [e for b in play(agent, Person(), todo, parallel=5, candidate_share=0.3) for e in b]
+    done = {(e["id"], e["sample"]): e for e in straight[:written]}
+    again = Local(None)
+    rest = [e for b in play(again, Person(), todo, parallel=5, candidate_share=0.3, done=done) for e in b]
+    assert rest == straight[written:]
+    assert len(again.batches) <= len(agent.batches) and (written < 20 or len(again.batches) < len(agent.batches))
+
+
+def test_a_resumed_run_asks_no_server_again():
+    todo = [(task, sample) for sample in range(4) for task in TASKS]
+    done = episodes(Agent(random_speaker), Human(), todo[:20])
+    agent = Agent(random_speaker)
+    rest = episodes(agent, Human(), todo, done=done)
+    assert sorted(rest) == sorted((task["id"], sample) for task, sample in todo[20:]) and agent.batches[0] == 4

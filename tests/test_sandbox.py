@@ -135,6 +135,14 @@ CHEATS = {
         "  os.write(3, struct.pack('=I', len(b)) + b'V' + b)\n  os._exit(0)",
     "a frame of no kind": "def f(x):\n  import os, struct\n  os.write(3, struct.pack('=I', 0) + b'\\0')\n  os._exit(0)",
     "closing the socket": "def f(x):\n  import os\n  os.close(3)\n  return 1",
+    "another descriptor in the socket's place": "def f(x):\n  import os\n  os.dup2(0, 3)\n  return 1",
+    "frames by a thread that stays":
+        "def f(x):\n  import os, struct, threading\n  def flood():\n"
+        "    while True: os.write(3, struct.pack('=I', 4) + b'Vtrue')\n"
+        "  threading.Thread(target=flood, daemon=True).start()\n  return 1",
+    "half the memory in socket buffers":
+        "def f(x):\n  import socket\n  for a, b in [socket.socketpair() for _ in range(25)]:\n    a.setblocking(False)\n"
+        "    try:\n      while True: a.send(b'x' * 60000)\n    except BlockingIOError: pass\n  return 1",
     "a second ready frame": "def f(x):\n  import os, struct\n  os.write(3, struct.pack('=I', 0) + b'+')\n  return 1",
     # poisoning what comes later
     "patched builtins":
@@ -244,6 +252,22 @@ ESCAPES = {  # expressions that raise when they are stopped; <names> come from t
     "the reference in the modules": "[m for m in list(sys.modules.values()) if '1937-epocs' in str(vars(m))[::-1]][0]",
     "the reference in the arguments": "[a for a in sys.argv + sys.orig_argv if '1937-epocs' in a[::-1]][0]",
     "an environment variable": "os.environ['HOME']",
+    "list a folder through O_PATH": "os.listdir(os.open('<root>', os.O_PATH | os.O_DIRECTORY))",
+    "openat2": "ctypes.CDLL(None).syscall(437, -100, b'<file>', bytes(24), 24) >= 0 or 1 / 0",
+    "open by handle": "ctypes.CDLL(None).syscall(304, -100, bytes(16), 0) >= 0 or 1 / 0",
+    "a file without a name": "os.open('/tmp', os.O_TMPFILE | os.O_RDWR)",
+    "file system information": "os.statvfs('/')",
+    "abstract Unix socket": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendmsg([b'x'], [], 0, '\\0name')",
+    "a descriptor as a message": "socket.send_fds(socket.socketpair()[0], [b'x'], [3])",
+    "shared memory of System V": "ctypes.CDLL(None).shmget(1, 4096, 0o1777) >= 0 or 1 / 0",
+    "message queue": "ctypes.CDLL(None).syscall(240, b'name', 0o102, 0o777, 0) >= 0 or 1 / 0",
+    "watching files": "ctypes.CDLL(None).inotify_init1(0) >= 0 or 1 / 0",
+    "typing by ioctl": "fcntl.ioctl(0, 0x5412, b'x')",
+    "a signal to one thread": "ctypes.CDLL(None).syscall(234, <pid>, <pid>, 9) == 0 or 1 / 0",
+    "a signal with data": "ctypes.CDLL(None).syscall(129, os.getppid(), 9, bytes(128)) == 0 or 1 / 0",
+    "local descriptor table": "ctypes.CDLL(None).syscall(154, 0, bytes(64), 64) >= 0 or 1 / 0",
+    "setting the clock": "time.clock_settime(time.CLOCK_REALTIME, 1)",
+    "larger pipes": "fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)",
     "typing on the terminal": "open('/dev/tty', 'w')",
 }
 IMPORTS = "import ctypes, fcntl, gc, mmap, multiprocessing, os, resource, signal, socket, sqlite3, " \
@@ -512,6 +536,39 @@ def test_as_an_ordinary_user(bait):
         assert_unharmed(bait)
     finally:
         shutil.rmtree(folder)
+
+
+CONTAINERS = {  # what other machines and containers leave of a root user's or an ordinary user's means
+    "root without capabilities": ["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
+    "root that may gain nothing": ["setpriv", "--no-new-privs"],
+    "root of a user namespace": ["unshare", "--user", "--map-root-user"],
+    "a user namespace with its own processes": ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"],
+    "nobody of a user namespace": ["unshare", "--user"],
+    "little room for processes": ["prlimit", "--nproc=200:200"],
+    "few descriptors": ["prlimit", "--nofile=64:64"],
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_in_a_container(name, bait):
+    wrapper = CONTAINERS[name]
+    if subprocess.run([*wrapper, sys.executable, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"{wrapper[0]} cannot do this here")
+    names = [n for n in ESCAPES if n != "500 threads"]
+    codes = [escape_code(ESCAPES[n].replace("<pid>", "1"), bait) for n in names]
+    done = subprocess.run([*wrapper, sys.executable, "-c", REPORT % ("", codes)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("strict 1.0 0.0\n"), done.stdout + done.stderr
+    assert [n for n, outcome in zip(names, eval(done.stdout.split("\n")[1])) if outcome not in ("raised", "died")] == []
+    assert_unharmed(bait)
+
+
+def test_behind_the_filter_of_a_container_engine(bait):
+    """What the usual container engines refuse to a process without privileges: namespaces, mounts, tracing, keys, bpf, ..."""
+    numbers = {"x86_64": [101, 155, 161, 165, 166, 246, 248, 249, 250, 272, 298, 304, 308, 310, 311, 321, 323, 425, 435],
+               "aarch64": [39, 40, 41, 51, 97, 104, 117, 217, 218, 219, 241, 265, 268, 270, 271, 280, 282, 425, 435]}
+    done = filtered(numbers[platform.machine()], REPORT % ("", [escape_code(ESCAPES["read the canary"], bait)]))
+    assert done.stdout == "strict 1.0 0.0\n['raised']\n", done.stdout + done.stderr
+    assert done.stderr.count("sandbox: strict") == 1
 
 
 @pytest.mark.parametrize("value", [
