@@ -34,7 +34,7 @@ def load_tokenizer(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(TINY if name == "tiny" else name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(_cannot_load(name, error)) from None
+        raise UserError(cannot_load(name, error)) from None
     if not tokenizer.chat_template:
         raise UserError(f"--model {name}: its tokenizer has no chat template; an instruction-tuned model is wanted")
     return tokenizer
@@ -62,7 +62,7 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
         if is_lora:
             model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(_cannot_load(source, error)) from None
+        raise UserError(cannot_load(source, error)) from None
     return model.eval()
 
 
@@ -79,7 +79,7 @@ def put_adapter(model, adapter: str):
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
-def _cannot_load(name: str, error: Exception) -> str:
+def cannot_load(name: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0][:200]
     return f"model {name}: {reason}; give a folder, or the id of a model on the hub that you have access to"
 
