@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from colbench.files import UserError
+from colbench.hub import why_not
 from colbench.server import Reply
 
 TINY = Path(__file__).parent / "tiny"
@@ -80,8 +81,9 @@ def put_adapter(model, adapter: str):
 
 
 def cannot_load(name: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0][:200]
-    return f"model {name}: {reason}; give a folder, or the id of a model on the hub that you have access to"
+    reason = why_not(error, name) or (str(error).strip().split("\n")[0][:200]
+                                      + "; give a folder, or the id of a model on the hub that you have access to")
+    return f"model {name}: {reason}"
 
 
 def add_lora(model, rank: int, gradient_checkpointing: bool = False):
