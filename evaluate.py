@@ -16,7 +16,8 @@ import math
 from pathlib import Path
 
 from colbench.dialogue import AGENT_PROMPT, check_failures, play
-from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, write_aside
+from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, shard, shard_path, shards_hint,
+                            write_aside)
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
 from colbench.scorer import Scorer, share, success
@@ -48,6 +49,8 @@ def parse_args():
     group.add_argument("--metrics", help="output (default: RUN/metrics.json)")
     group.add_argument("--tasks", help="mini:test, a .jsonl file or a hub data set ID:test (default: %(default)s)")
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
+    group.add_argument("--shard", metavar="I/N", type=shard, default="1/1", help="only every N-th task from the I-th on, into "
+                       "episodes-IofN.jsonl; the N files put together are a whole run's")
     group.add_argument("--retry-errors", action="store_true", help="play dialogues again that ended in an error")
     group = parser.add_argument_group("agents")
     group.add_argument("--policies", nargs="+", metavar="POLICY",
@@ -81,15 +84,15 @@ def parse_args():
         if policy != "base" and not args.agent_server and not (Path(policy) / "config.json").exists() \
                 and not (Path(policy) / "adapter_config.json").exists():
             raise UserError(f"{policy}: no trained policy here; run train_policy.py first, or give --policies base")
-    args.episodes = Path(args.episodes or Path(args.run) / "episodes.jsonl")
-    args.metrics = Path(args.metrics or Path(args.run) / "metrics.json")
+    args.episodes = shard_path(args.episodes or Path(args.run) / "episodes.jsonl", args.shard)
+    args.metrics = shard_path(args.metrics or Path(args.run) / "metrics.json", args.shard)
     return args
 
 
 def main():
     args = parse_args()
-    tasks = load_tasks(args.tasks, args.n_tasks)
-    lock = lock_run(args.episodes.parent, "evaluate")  # noqa: F841  held until the process ends
+    tasks = load_tasks(args.tasks, args.n_tasks)[args.shard[0] - 1::args.shard[1]]
+    lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
     order = [(policy, task["id"], sample) for policy in args.policies for sample in range(args.k) for task in tasks]
     if args.retry_errors:
@@ -99,6 +102,7 @@ def main():
     todo = {policy: [(task, s) for s in range(args.k) for task in tasks if (policy, task["id"], s) not in done]
             for policy in args.policies}
     if not any(todo.values()):
+        rewrite(args.episodes, lines, order)  # shards put together come in another order
         print(f"{args.episodes} is complete: nothing to play")
         report(args, lines, order)
         return
@@ -211,6 +215,8 @@ def report(args, lines: list[dict], order: list[tuple]) -> None:
               f"{m['fixed']['tests_passed']:12.1%}  {m['turns']:5.1f}  {m['tokens_a_message']:10.1f}  "
               f"{m['answered_at_limit']:8.1%}  {m['leak_rate']:5.1%}  {m['episodes']:5d}  {m['errors']:6d}")
     print(f"\n{args.episodes} has every dialogue, {args.metrics} every number")
+    if args.shard[1] > 1:
+        print(shards_hint(args.episodes, args.shard))
 
 
 if __name__ == "__main__":
