@@ -3,7 +3,7 @@
     python collect.py                                             # embedded default, CPU: runs/tiny/trajectories.jsonl
     python collect.py --preset llama --run runs/llama \\
         --tasks facebook/collaborative_agent_bench:train --human http://localhost:8000/v1
-    python collect.py --preset llama --run runs/llama --add-candidates-to colbench_code_offline_15k_llama8b.jsonl
+    python collect.py --preset llama --run runs/llama --add-candidates-to facebook/collaborative_agent_bench:offline
 
 Writes RUN/trajectories.jsonl, one line an episode: task, dialogue_history, answer, reward, ... (a superset of the published
 format). At a share of the turns it also samples 16 candidate messages, which stage 2 ranks. With --add-candidates-to it plays
@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play, prompt_messages, said
-from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of, write_aside
+from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of, shard, shard_path,
+                            shards_hint, write_aside)
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer
 from colbench.scorer import Scorer, share
@@ -50,7 +51,10 @@ def parse_args():
     group.add_argument("--trajectories", help="output (default: RUN/trajectories.jsonl)")
     group.add_argument("--tasks", help="mini:train, a .jsonl file or a hub data set ID:train (default: %(default)s)")
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
-    group.add_argument("--add-candidates-to", metavar="FILE", help="play nothing, complete the trajectories of this file")
+    group.add_argument("--add-candidates-to", metavar="FILE", help="play nothing, complete the trajectories of this file (or of "
+                       "a hub data set ID:FILE)")
+    group.add_argument("--shard", metavar="I/N", type=shard, default="1/1", help="only every N-th task from the I-th on, into "
+                       "trajectories-IofN.jsonl; the N files put together are a whole run's")
     group.add_argument("--retry-errors", action="store_true", help="play dialogues again that an error ended")
     group = parser.add_argument_group("agent")
     group.add_argument("--model", help="hub id or folder (default: %(default)s)")
@@ -80,18 +84,19 @@ def parse_args():
         raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1, --n-candidates at least 2")
     if not 0 <= args.candidate_share <= 1:
         raise UserError(f"--candidate-share is between 0 and 1, not {args.candidate_share}")
-    args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")
+    args.trajectories = shard_path(args.trajectories or Path(args.run) / "trajectories.jsonl", args.shard)
     return args
 
 
 def main():
     args = parse_args()
-    lock = lock_run(args.trajectories.parent, "collect")  # noqa: F841  held until the process ends
+    part = slice(args.shard[0] - 1, None, args.shard[1])
+    lock = lock_run(args.trajectories.parent, f"collect-{args.trajectories.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.trajectories)
     if args.add_candidates_to:
-        todo = load_trajectories(args.add_candidates_to)
+        todo = load_trajectories(args.add_candidates_to)[part]
     else:
-        tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())  # a task twice is one task
+        tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())[part]  # a task twice is one task
         todo = [(task, sample) for sample in range(args.k) for task in tasks]  # as published: samples n_tasks lines apart
     order = [(t["id"], t["sample"]) for t in todo] if args.add_candidates_to else [(t["id"], s) for t, s in todo]
     if args.retry_errors:
@@ -100,7 +105,7 @@ def main():
     done = {(line["id"], line["sample"]): line for line in lines}
     missing = [key for key in order if key not in done]
     if not missing:
-        if list(done) != order:  # killed before the last step
+        if list(done) != order:  # killed before the last step, or shards put together
             rewrite(args.trajectories, lines, order)
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
         return
@@ -206,7 +211,7 @@ def summary(args, lines: list[dict]) -> None:
     print(f"{sum(len(r) > 1 for r in rewards.values())} tasks have trajectories of different reward (the critic learns from "
           f"these); {states} states have candidates; the human's first draft held code of the reference in "
           f"{sum(m.get('leaked', False) for m in replies)} of {len(replies)} replies")
-    print(next_step("train_critic.py", args))
+    print(shards_hint(args.trajectories, args.shard) if args.shard[1] > 1 else next_step("train_critic.py", args))
 
 
 if __name__ == "__main__":

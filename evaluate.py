@@ -21,7 +21,8 @@ from pathlib import Path
 from colbench.audit import flaws
 from colbench.credit import add_credit
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play
-from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, write_aside
+from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, shard, shard_path, shards_hint,
+                            write_aside)
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
 from colbench.report import write_report
@@ -56,6 +57,8 @@ def parse_args():
     group.add_argument("--metrics", help="output (default: RUN/metrics.json)")
     group.add_argument("--tasks", help="mini:test, a .jsonl file or a hub data set ID:test (default: %(default)s)")
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
+    group.add_argument("--shard", metavar="I/N", type=shard, default="1/1", help="only every N-th task from the I-th on, into "
+                       "episodes-IofN.jsonl; the N files put together are a whole run's")
     group.add_argument("--retry-errors", action="store_true", help="play dialogues again that an error ended")
     group = parser.add_argument_group("agents")
     group.add_argument("--policies", nargs="+", metavar="POLICY",
@@ -96,8 +99,8 @@ def parse_args():
         if policy != "base" and not args.agent_server and not (Path(policy) / "config.json").exists() \
                 and not (Path(policy) / "adapter_config.json").exists():
             raise UserError(f"{policy}: no trained policy here; run train_policy.py first, or give --policies base")
-    args.episodes = Path(args.episodes or Path(args.run) / "episodes.jsonl")
-    args.metrics = Path(args.metrics or Path(args.run) / "metrics.json")
+    args.episodes = shard_path(args.episodes or Path(args.run) / "episodes.jsonl", args.shard)
+    args.metrics = shard_path(args.metrics or Path(args.run) / "metrics.json", args.shard)
     return args
 
 
@@ -106,7 +109,8 @@ def main():
     if args.talk is not None:
         return talk(args)
     tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())  # a task twice is one task
-    lock = lock_run(args.episodes.parent, "evaluate")  # noqa: F841  held until the process ends
+    tasks = tasks[args.shard[0] - 1::args.shard[1]]
+    lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
     order = [(policy, task["id"], sample) for policy in args.policies for sample in range(args.k) for task in tasks]
     if args.retry_errors:
@@ -116,7 +120,7 @@ def main():
     todo = [(task, sample) for sample in range(args.k) for task in tasks]
     missing = {policy: sum((task["id"], s) not in done[policy] for task, s in todo) for policy in args.policies}
     if not any(missing.values()):
-        rewrite(args.episodes, lines, order)  # for a run that was killed before its last step
+        rewrite(args.episodes, lines, order)  # killed before the last step, or shards put together
         print(f"{args.episodes} is complete: nothing to play")
         report(args, tasks, lines, order)
         return
@@ -238,9 +242,19 @@ def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model
         print(f"{policy:{width}}  {m['fixed']['success']:7.1%}  {low:7.1%} ..{high:6.1%}  {m['official']['success']:8.1%}  "
               f"{m['fixed']['tests_passed']:12.1%}  {m['turns']:5.1f}  {m['tokens_a_message']:10.1f}  "
               f"{m['answered_at_limit']:8.1%}  {m['leak_rate']:5.1%}  {m['episodes']:5d}  {m['errors']:6d}")
-def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model=None) -> None:
-    """Write metrics.json and report.html and print the table. model: the base model's weights, if they are in memory."""
-    wanted, results, audit = set(order), {}, flaws(tasks, args.metrics, args.allow_weak_sandbox)
+    print(f"\n{len(tasks) - len(audit['flawed'])} of {len(tasks)} tasks are clean (python -m colbench.audit lists the others); "
+          "success on these: " + ", ".join(f"{policy} {m['clean_tasks']['success']:.1%}" for policy, m in results.items()))
+    lines = [x for x in lines if (x["policy"], x["id"], x["sample"]) in wanted]
+    if args.critic:
+        add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
+                   load_tokenizer(args.model), model)
+    page = write_report(args.metrics.with_name("report.html"), [args.run], results, lines)
+    print(f"{args.episodes} has every dialogue, {args.metrics} every number; to look at: {page}")
+    critic = Path(args.run) / "critic"
+    if args.shard[1] > 1:
+        print(shards_hint(args.episodes, args.shard))
+    elif critic.exists() and not args.critic:
+        print(f"next: which turn earned the credit? The same command with --critic {critic}. Be the human yourself: with --talk")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -199,3 +200,24 @@ def lock_run(directory, name="run"):
 def seed_of(*parts):
     """A seed in [0, 2**63) from JSON-able parts such as (task id, sample, turn); the same in every run, anywhere."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
+
+
+def shard(text):
+    """(i, n) from "i/n", the i-th of n parts of the work, 1 <= i <= n. UserError for another text."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--shard {text}: i/n is wanted, the i-th of n parts, for instance 1/4")
+    return int(found[1]), int(found[2])
+
+
+def shard_path(path, part):
+    """The file of one shard: trajectories.jsonl is trajectories-2of4.jsonl for (2, 4), and itself for (1, 1)."""
+    path, (i, n) = Path(path), part
+    return path if n == 1 else path.with_stem(f"{path.stem}-{i}of{n}")
+
+
+def shards_hint(path, part):
+    """What to do with the file of one shard when all are there, in one line."""
+    stem = str(path).removesuffix(f"-{part[0]}of{part[1]}.jsonl")
+    return (f"with all {part[1]} shards in one place: cat {stem}-*of{part[1]}.jsonl > {stem}.jsonl, and the same command without "
+            "--shard puts them in order")

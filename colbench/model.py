@@ -9,6 +9,7 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 """
 
 import contextlib
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from colbench.files import UserError
+from colbench.hub import why_not
 from colbench.server import Reply
 
 TINY = Path(__file__).parent / "tiny"
@@ -33,7 +35,7 @@ def load_tokenizer(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(TINY if name == "tiny" else name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(_cannot_load(name, error)) from None
+        raise UserError(cannot_load(name, error)) from None
     if not tokenizer.chat_template:
         raise UserError(f"--model {name}: its tokenizer has no chat template; an instruction-tuned model is wanted")
     return tokenizer
@@ -44,7 +46,7 @@ def context_length(name: str) -> int:
     try:
         config = AutoConfig.from_pretrained(TINY if name == "tiny" else name).get_text_config()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_cannot_load(name, error)) from None
+        raise UserError(cannot_load(name, error)) from None
     return getattr(config, "max_position_embeddings", 1 << 30)
 
 
@@ -70,7 +72,7 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
         if is_lora:
             model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(_cannot_load(source, error)) from None
+        raise UserError(cannot_load(source, error)) from None
     return model.eval()
 
 
@@ -87,9 +89,10 @@ def put_adapter(model, adapter: str):
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
-def _cannot_load(name: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0][:200]
-    return f"model {name}: {reason}; give a folder, or the id of a model on the hub that you have access to"
+def cannot_load(name: str, error: Exception) -> str:
+    reason = why_not(error, name) or (str(error).strip().split("\n")[0][:200]
+                                      + "; give a folder, or the id of a model on the hub that you have access to")
+    return f"model {name}: {reason}"
 
 
 def add_lora(model, rank: int, gradient_checkpointing: bool = False):
@@ -123,19 +126,29 @@ def render(tokenizer, messages: list[dict]) -> str:
     """Template text of a dialogue, ending where the assistant's next message begins. Templates that know no system role
     get the system text in front of the first user message."""
     messages = [{"role": m["role"], "content": m["content"].strip()} for m in messages]
+    has_system = messages[0]["role"] == "system" and len(messages) > 1
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = _template(tokenizer, messages, add_generation_prompt=True)
+        if not has_system or messages[0]["content"] in text:
+            return text  # else the template drops system texts without a word
     except Exception as error:  # jinja2.TemplateError raised by the template itself
-        if messages[0]["role"] != "system" or len(messages) < 2:
+        if not has_system:
             raise UserError(f"the chat template refuses this dialogue: {error}") from None
     system, first, *rest = messages
     return render(tokenizer, [{"role": first["role"], "content": system["content"] + "\n\n" + first["content"]}, *rest])
 
 
+def _template(tokenizer, messages, **options) -> str:
+    """The chat template's text. A template that writes today's date (Llama-3.2 and 3.3 do) gets the one that Llama-3.1 always
+    writes: what is sampled today must have the same tokens in tomorrow's training."""
+    fixed_date = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+    return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=fixed_date + tokenizer.get_chat_template(), **options)
+
+
 def end_of_turn(tokenizer) -> int:
     """Id of the token that ends an assistant message: the first token of the template's text behind such a message."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "@@@"}]
-    tail = tokenizer.apply_chat_template(messages, tokenize=False).rsplit("@@@", 1)[1].lstrip()
+    tail = _template(tokenizer, messages).rsplit("@@@", 1)[1].lstrip()
     ids = tokenizer.encode(tail, add_special_tokens=False)
     return ids[0] if ids else tokenizer.eos_token_id
 
@@ -143,30 +156,43 @@ def end_of_turn(tokenizer) -> int:
 def encode_dialogue(tokenizer, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a dialogue and, for every assistant message, its [start, end) in them, end-of-turn token included.
 
-    A dialogue that ends with the user's message ends with the template's text that opens the assistant's answer.
+    A dialogue that ends with the user's message ends with the template's text that opens the assistant's answer. Marks of the
+    template inside a message (a user who writes <|eot_id|>) stay plain text.
     """
     end_id = end_of_turn(tokenizer)
     end_text = tokenizer.decode([end_id])
+    messages, contents = [*messages, {"role": "assistant", "content": None}], {}
+    for i, message in enumerate(messages[:-1]):  # the template gets a place holder for a text that holds its marks
+        text = message["content"].strip()
+        if "\ue000" in text or text_ids(tokenizer, text) != tokenizer.encode(text, add_special_tokens=False):
+            contents[f"\ue000{i}\ue000"] = text
+            messages[i] = {"role": message["role"], "content": f"\ue000{i}\ue000"}
     ids, spans, done = [], [], ""
-    for i, message in enumerate([*messages, {"role": "assistant", "content": None}]):
-        if message["role"] != "assistant" or (message["content"] is None and messages[-1]["role"] == "assistant"):
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or (message["content"] is None and messages[i - 1]["role"] == "assistant"):
             continue
         text = render(tokenizer, messages[:i])
         if not text.startswith(done):
             raise UserError("the chat template rewrites earlier turns when a new one comes; choose a model whose template does not")
-        ids += tokenizer.encode(text[len(done):], add_special_tokens=False)
+        for piece in re.split("(\ue000[0-9]+\ue000)", text[len(done):]):
+            ids += text_ids(tokenizer, contents[piece]) if piece in contents else tokenizer.encode(piece, add_special_tokens=False)
         if message["content"] is not None:
             content = message["content"].strip()
             start = len(ids)
-            ids += message_ids(tokenizer, content, end_id)
+            ids += message_ids(tokenizer, contents.get(content, content), end_id)
             spans.append((start, len(ids)))
             done = text + content + end_text
     return ids, spans
 
 
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Tokens of a text that somebody wrote: what looks like a special token in it is text."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
 def message_ids(tokenizer, content: str, end_id: int) -> list[int]:
-    """Tokens of one assistant message with its end-of-turn token; marks like <|eot_id|> inside the text stay plain text."""
-    return tokenizer.encode(content.strip(), add_special_tokens=False, split_special_tokens=True) + [end_id]
+    """Tokens of one assistant message with its end-of-turn token."""
+    return text_ids(tokenizer, content.strip()) + [end_id]
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -184,7 +210,7 @@ class LocalChat:
 
     def __init__(self, model, tokenizer, adapters: bool = True, batch_tokens: int = 65536):
         self.model, self.tokenizer, self.adapters, self.batch_tokens = model, tokenizer, adapters, batch_tokens
-        self.context = getattr(model.config, "max_position_embeddings", 8192)
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
         stops = model.generation_config.eos_token_id
         self.stops = {end_of_turn(tokenizer), *(stops if isinstance(stops, list) else [] if stops is None else [stops])}
 
@@ -210,7 +236,8 @@ class LocalChat:
                 rows += 1
             batch, jobs = jobs[:rows], jobs[rows:]
             for (_, _, i, j), ids in zip(batch, self._generate(batch, seeds, temperature)):
-                text = self.tokenizer.decode([t for t in ids if t not in self.stops], skip_special_tokens=True)
+                text = self.tokenizer.decode([t for t in ids if t not in self.stops], skip_special_tokens=True,
+                                             clean_up_tokenization_spaces=False)  # Llama-3.1's setting would edit code
                 for mark in stop or ():
                     text = text.split(mark)[0]
                 replies[i][j] = Reply(text.strip(), len(ids))

@@ -7,8 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 from colbench.files import UserError, numbered_rows
+from colbench.hub import download
 
-HUB_FILES = {"test": "backend_tasks/test.jsonl", "train": "backend_tasks/train.jsonl"}
+HUB_FILES = {"test": "backend_tasks/test.jsonl", "train": "backend_tasks/train.jsonl",
+             "offline": "colbench_code_offline_15k_llama8b.jsonl"}  # 15,000 trajectories of an 8B agent
 FAILED = "simulation_failed"  # the outcome of a dialogue that an error of agent or human ended; "error" says which
 MINI_SIZES = {"train": 1000, "test": 300}  # tasks of `mini:train` and `mini:test` when no limit is given
 
@@ -38,7 +40,8 @@ def load_tasks(source, limit=None):
 
 
 def load_trajectories(source, limit=None):
-    """The first `limit` trajectories of `source` (a path or hub file as for load_tasks), each with all the keys it has.
+    """The first `limit` trajectories of `source`, each with all the keys it has. `source` is a path or a hub file as for
+    load_tasks; `owner/dataset` alone means its `:offline`, the published 15,000.
 
     {"task", "dialogue_history": [{"role": "user" | "assistant", "content": str, …}, …], "answer": str, "id", "sample"}
     `task` is checked and parsed as in load_tasks, its other keys stay. `id` is the task's. `sample` counts the
@@ -48,7 +51,7 @@ def load_trajectories(source, limit=None):
     A line whose "outcome" is "simulation_failed" (once "error: ...") is a dialogue that broke off: it is kept, and may
     lack an assistant message and an answer (then ""); callers leave such lines out.
     """
-    path = local_path(source)
+    path = local_path(source, "offline")
     trajectories, seen = [], set()
     for number, row in islice(numbered_rows(path, ("task", "dialogue_history")), limit):
         where = f"{path}:{number}"
@@ -112,8 +115,9 @@ def parse_test_cases(value):
     return {str(name): call for name, call in value.items()}
 
 
-def local_path(source):
-    """Local path of a path, `owner/dataset:file` or `hf://datasets/owner/dataset/file`; UserError if there is none."""
+def local_path(source, split="test"):
+    """Local path of a path, `owner/dataset:file` or `hf://datasets/owner/dataset/file`; UserError if there is none.
+    split: what `owner/dataset` alone means."""
     source = str(source)
     if Path(source).exists():
         return source
@@ -121,30 +125,12 @@ def local_path(source):
         parts = source.removeprefix("hf://").removeprefix("datasets/").split("/", 2)
         if len(parts) < 3:
             raise UserError(f"{source}: hf://datasets/owner/dataset/path/to/file.jsonl is wanted")
-        return _download("/".join(parts[:2]), parts[2], source)
+        return download("/".join(parts[:2]), parts[2], source)
     dataset, _, file = source.partition(":")
     is_hub_id = dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and not dataset.endswith(".jsonl")
     if not is_hub_id:
         raise UserError(f"{source}: no such file")
-    return _download(dataset, HUB_FILES.get(file or "test", file), source)
-
-
-def _download(dataset, file, source):
-    try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    except ImportError:
-        raise UserError(f"{source}: no such file (for a hub dataset: pip install huggingface_hub)") from None
-    try:
-        # One look without the client's retries, which take half a minute where there is no network.
-        get_hf_file_metadata(hf_hub_url(dataset, file, repo_type="dataset"), timeout=10)
-        return hf_hub_download(dataset, file, repo_type="dataset")
-    except Exception as error:  # gated, renamed, no network, offline mode, proxy, disk: they share no class
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
-    try:
-        return hf_hub_download(dataset, file, repo_type="dataset", local_files_only=True)  # fetched on an earlier day
-    except Exception:  # not in the cache either: the first reason is the one to tell
-        raise UserError(f"{source}: no such local file, and the hub gives none ({reason}); if it is gated, accept its "
-                        "terms there and run `hf auth login`, or pass the path of a downloaded file") from None
+    return download(dataset, HUB_FILES.get(file or split, file), source)
 
 
 def _task(row, where):

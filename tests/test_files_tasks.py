@@ -1,6 +1,5 @@
 """colbench/files.py and colbench/tasks.py: what a kill leaves, who may write, what bad input says, published shapes."""
 import ast
-import http.server
 import json
 import os
 import random
@@ -309,61 +308,6 @@ def test_mini_tasks_are_a_source():
     for row in train + test:
         ast.parse(row["ground_truth"])
         assert set(row) >= {"problem_description", "test_cases"} and len(row["test_cases"]) == 10
-
-
-# ---- the hub: its own client against a server on this machine that speaks the hub's headers -------------------------
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    body = (json.dumps(task(1)) + "\n").encode()
-    asked = []
-
-    def answer(self):
-        self.asked.append(self.path)
-        name = self.path.split("?")[0]
-        gated = name.startswith("/datasets/gated")
-        ok = name.endswith(("/backend_tasks/test.jsonl", "/other/file.jsonl")) and not gated
-        self.send_response(200 if ok else 403 if gated else 404)
-        if not ok:
-            self.send_header("X-Error-Code", "GatedRepo" if gated else "EntryNotFound")
-        self.send_header("ETag", '"0123456789abcdef"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(self.body) if ok else 0))
-        self.end_headers()
-        if ok and self.command == "GET":
-            self.wfile.write(self.body)
-
-    do_GET = do_HEAD = answer
-
-    def log_message(self, *arguments):
-        pass
-
-
-def test_tasks_from_the_hub(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "import sys; from colbench.files import run_main; from colbench.tasks import load_tasks\n" \
-           "run_main(lambda: [print(len(load_tasks(source))) for source in sys.argv[1:]])"
-    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    good = ["owner/data", "owner/data:test", "owner/data:other/file.jsonl", "hf://datasets/owner/data/other/file.jsonl"]
-    reader = python(code, *good, env=here)
-    out, err = reader.communicate()
-    assert (reader.returncode, out) == (0, "1\n1\n1\n1\n"), err
-    assert any(path.endswith("/datasets/owner/data/resolve/main/backend_tasks/test.jsonl") for path in Hub.asked)
-    for source, says in [("gated/data:test", "Gated"), ("owner/data:train", "EntryNotFound")]:
-        reader = python(code, source, env=here)
-        err = reader.communicate()[1]
-        assert reader.returncode == 2 and says in err and err.startswith(f"error: {source}: ") and err.count("\n") == 1
-        assert "pass the path of a downloaded file" in err
-    server.shutdown()
-    server.server_close()
-    reader = python(code, "owner/data:test", env=here)  # the hub is down: what was fetched before still loads
-    assert reader.communicate()[0] == "1\n"
-    for down in (here, {**here, "HF_HUB_OFFLINE": "1"}):
-        reader = python(code, "owner/data:train", env=down)
-        err = reader.communicate()[1]
-        assert reader.returncode == 2 and err.count("\n") == 1 and err.startswith("error: ")
 
 
 # ---- trajectories ---------------------------------------------------------------------------------------------------

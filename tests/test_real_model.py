@@ -258,6 +258,21 @@ def test_collect_with_a_real_model_and_a_real_human(server, folder, tokenizer, t
     assert "nothing to do" in run(*command).stdout
 
 
+def test_agent_and_human_on_one_server(server, folder, tmp_path):
+    """collect.py and evaluate.py with both parts played by one real server: no model is loaded here."""
+    both = ["--agent-server", server, "--agent-server-model", folder, "--human", server, "--human-model", folder, "--run", tmp_path,
+            "--n-tasks", 1, "--k", 1, "--max-turns", 2, "--max-new-tokens", 12, "--parallel", 1, "--model", "no/such-model"]
+    run("collect.py", *both, "--candidate-share", 0)
+    run("evaluate.py", *both)
+    [collected], [played] = lines(tmp_path / "trajectories.jsonl"), lines(tmp_path / "episodes.jsonl")
+    for row in (collected, played):
+        assert row["outcome"] in ("answered", "limit") and 0 <= row["reward"] <= 1 and isinstance(row["answer"], str)
+        turns = [m for m in row["dialogue_history"] if m["role"] == "assistant"]
+        assert turns and all(1 <= turn["tokens"] <= 12 and turn["content"] for turn in turns)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["policies"]
+    assert list(metrics) == [f"server {folder}"] and metrics[f"server {folder}"]["episodes"] == 1
+
+
 @pytest.fixture(scope="module")
 def mixed(folder, tmp_path_factory):
     """Trajectories on two tasks by an agent that is right half of the time, with candidates; real scores."""

@@ -1,0 +1,199 @@
+"""Step-level DPO, reference pass included, against TRL's DPOTrainer: samples a second on the same pairs, model and losses.
+
+    pip install -r tests/bench/requirements.txt
+    python tests/bench/dpo_vs_trl.py                       # a Llama of 17 M random weights, 49k vocabulary, on the CPU: minutes
+    python tests/bench/dpo_vs_trl.py --states 32 --hidden 576 --layers 12          # larger: the vocabulary's share shrinks
+
+Data: 400-token prompts, 16 candidates of 60 tokens a state, 4 pairs a state drawn as train_policy.py draws them, batch 8. Ours is
+the loop of train_policy.py: message_logps and policy_loss, LoRA on frozen weights. TRL gets the same LoRA weights, optimiser, order
+of pairs and losses (sigmoid + 0.01 sft) and plays with several settings; its best one counts. Its reference log-probs are counted
+whether it computes them at each step or before. All sequences have one length, so nothing is lost to padding (this version of TRL
+falls back to padding where padding-free is asked for). Printed: the losses' largest difference (must be below 1e-4), the measured ratio and the ratio of
+the tokens that go through the model.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ["TQDM_DISABLE"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import SequentialSampler
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from colbench.model import TINY, adapters_off, message_logps, pack, tree_tokens
+from train_policy import draw_pairs, policy_loss
+
+BETA, NLL, RATE = 0.1, 0.01, 1e-3
+SETTINGS = [  # what TRL is tried with: per-device batch (accumulated to 8), more of its settings
+    (8, {}), (2, {}), (8, {"precompute_ref_log_probs": True}), (4, {"precompute_ref_log_probs": True}),
+    (2, {"precompute_ref_log_probs": True}), (1, {"precompute_ref_log_probs": True}),
+]
+
+
+def make_model(args):
+    """A random Llama with LoRA whose B matrices are not zero, so that the losses say something from the first step on."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64, tie_word_embeddings=True))
+    return model
+
+
+def lora():
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+
+
+def make_states(args):
+    """States as train_policy.load_states gives them."""
+    rng, states = random.Random(0), []
+    for _ in range(args.states):
+        prompt = [rng.randrange(args.vocabulary) for _ in range(args.prompt)]
+        candidates = [[rng.randrange(args.vocabulary) for _ in range(args.response)] for _ in range(16)]
+        pairs = draw_pairs([rng.random() for _ in candidates], rng, "halves", 4, 0.0)
+        used = sorted({k for pair in pairs for k in pair})
+        states.append({"tree": (prompt, [], [candidates[k] for k in used]),
+                       "pairs": [(used.index(a), used.index(b)) for a, b in pairs]})
+    return states
+
+
+def ours(model, states, tokens_per_step):
+    """The loop of train_policy.py. Returns (mean loss of each step, seconds)."""
+    losses, start = [], time.perf_counter()
+    sizes = [tree_tokens(state["tree"]) for state in states]
+    for group in pack(sizes, tokens_per_step):
+        with torch.no_grad(), adapters_off(model):
+            for k, logps in zip(group, message_logps(model, [states[k]["tree"] for k in group])):
+                states[k]["ref_logps"] = logps
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    model.train()
+    for first in range(0, len(states), 2):  # 2 states of 4 pairs: batch 8
+        batch, mean = states[first:first + 2], 0.0
+        weight = 1 / sum(len(state["pairs"]) for state in batch)
+        for group in pack(sizes[first:first + 2], tokens_per_step):
+            logps, total = message_logps(model, [batch[k]["tree"] for k in group]), 0.0
+            for state, messages in zip([batch[k] for k in group], logps):
+                ref = state["ref_logps"]
+                for a, b in state["pairs"]:
+                    loss, _, _ = policy_loss(messages[a], messages[b], ref[a], ref[b], BETA, NLL)
+                    total = total + weight * loss
+            total.backward()
+            mean += total.item()
+        losses.append(mean)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, time.perf_counter() - start
+
+
+class Peer(DPOTrainer):
+    """TRL's trainer with the pairs in their order; notes its losses and what the reference pass takes."""
+
+    def __init__(self, *args, **kwargs):
+        self.noted, self.reference_seconds = [], 0.0
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset  # it has token ids already
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.noted.append(loss.item())
+        return loss
+
+    def _precompute_ref_logps(self, *args, **kwargs):
+        start = time.perf_counter()
+        result = super()._precompute_ref_logps(*args, **kwargs)
+        self.reference_seconds += time.perf_counter() - start
+        return result
+
+
+def trl(model, lora_weights, states, batch, settings, folder):
+    """TRL on the same pairs. Returns (mean loss of each step, seconds)."""
+    rows = [{"prompt_ids": state["tree"][0], "chosen_ids": state["tree"][2][a], "rejected_ids": state["tree"][2][b],
+             "setting": f"{batch} {settings}"}  # another fingerprint: nothing of an earlier setting's cache is used
+            for state in states for a, b in state["pairs"]]
+    config = DPOConfig(
+        output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, num_train_epochs=1,
+        learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
+        beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, NLL], max_length=None, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        precompute_ref_batch_size=batch, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Peer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora())
+        missing = trainer.model.load_state_dict(lora_weights, strict=False)
+        assert not missing.unexpected_keys
+        start = time.perf_counter()
+        trainer.train()
+    seconds = time.perf_counter() - start + trainer.reference_seconds
+    noted = trainer.noted
+    per_step = 8 // batch
+    return [sum(noted[i:i + per_step]) / per_step for i in range(0, len(noted), per_step)], seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--states", type=int, default=8, help="of 4 pairs each; even (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=400)
+    parser.add_argument("--response", type=int, default=60)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="try only TRL's first so many settings")
+    args = parser.parse_args()
+    states = make_states(args)
+    pairs = sum(len(state["pairs"]) for state in states)
+    print(f"{pairs} pairs at {len(states)} states, {make_model(args).num_parameters() / 1e6:.1f} M weights, "
+          f"{torch.get_num_threads()} threads")
+
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(args), lora())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    lora_weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    ours(get_peft_model(make_model(args), lora()), make_states(args)[:2], args.tokens_per_step)  # warm up
+    expected, seconds = ours(model, states, args.tokens_per_step)
+    print(f"ours: {pairs / seconds:.2f} pairs/s ({seconds:.1f} s), losses {', '.join(f'{x:.5f}' for x in expected)}")
+
+    best = None
+    for batch, settings in SETTINGS[:args.settings]:
+        name = f"TRL, batch {batch}" + "".join(f", {key}" for key in settings)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                losses, taken = trl(make_model(args), lora_weights, states, batch, settings, folder)
+            except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
+                print(f"{name}: does not run here: {str(error).splitlines()[0][:150]}")
+                continue
+        difference = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+        print(f"{name}: {pairs / taken:.2f} pairs/s ({taken:.1f} s), losses differ by at most {difference:.1e}")
+        if difference > 1e-4:
+            sys.exit(f"the losses differ: {losses} and {expected}")
+        if best is None or taken < best[0]:
+            best = taken, name
+    tokens = sum(2 * len(state["pairs"]) * (args.prompt + args.response) for state in states)
+    print(f"ratio of samples/s to {best[1]}: {best[0] / seconds:.1f}")
+    print(f"ratio of tokens through the model: {tokens / sum(tree_tokens(state['tree']) for state in states):.1f}; what is more comes "
+          "from the vocabulary (logits at response tokens only, each distinct response once) and from what TRL logs")
+
+
+if __name__ == "__main__":
+    main()

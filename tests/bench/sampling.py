@@ -1,0 +1,90 @@
+"""Sampling 16 candidates from one prompt: LocalChat.sample against 16 rows of transformers' generate, in one run.
+
+    python tests/bench/sampling.py                                    # 400-token prompt, 60 new tokens; a Llama of random weights, CPU
+    python tests/bench/sampling.py --model meta-llama/Llama-3.1-8B-Instruct --load-in-4bit             # on a GPU
+
+Neither stops early: both make rows x tokens new tokens, and the tokens are counted. At temperature 0 both must give the same text. At
+temperature 1 the draws differ by design (ours has a seed for each row). Also printed: throughput in new tokens a second.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from colbench.model import LocalChat, encode_dialogue, load_model, load_tokenizer
+
+
+def best_of(repeats, function):
+    """(result, least time)."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return result, best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="hub id or folder (default: random weights of --hidden and --layers)")
+    parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--prompt", type=int, default=400, help="tokens, about")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(args.model or "tiny")
+    if args.model:
+        model = load_model(args.model, args.load_in_4bit)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, tie_word_embeddings=True,
+            num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64,
+            initializer_range=0.05, max_position_embeddings=16384)).eval()
+    words = 0
+    messages = lambda: [{"role": "user", "content": "toll " * words}]  # noqa: E731
+    while len(encode_dialogue(tokenizer, messages())[0]) < args.prompt:
+        words += 1
+    prompt, _ = encode_dialogue(tokenizer, messages())
+    chat = LocalChat(model, tokenizer)
+    chat.stops = set()  # run to the full length
+    rows, seeds = torch.tensor([prompt] * args.rows, device=model.device), list(range(args.rows))
+
+    def generate(**settings):
+        with torch.inference_mode():
+            return model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=args.tokens, min_new_tokens=args.tokens,
+                                  pad_token_id=0, eos_token_id=None, **settings)[:, len(prompt):].tolist()
+
+    def ours(temperature):
+        jobs = [(prompt, args.tokens, 0, j) for j in range(args.rows)]
+        return chat._generate(jobs, [seeds], temperature)
+
+    greedy, expected = ours(0), generate(do_sample=False)
+    if greedy != expected:
+        same = sum(a == b for a, b in zip(sum(greedy, []), sum(expected, []))) / (args.rows * args.tokens)
+        if model.dtype == torch.float32:
+            sys.exit(f"greedy tokens differ: {same:.1%} equal")
+        print(f"greedy tokens: {same:.1%} equal (bf16 rounds differently)")
+    result, slow = best_of(args.repeats, lambda: generate(do_sample=True, temperature=1.0, top_k=0, top_p=1.0))
+    assert [len(row) for row in result] == [args.tokens] * args.rows
+    [result], fast = best_of(args.repeats, lambda: chat.sample([messages()], [seeds], max_new_tokens=args.tokens))
+    assert [reply.tokens for reply in result] == [args.tokens] * args.rows
+    new = args.rows * args.tokens
+    print(f"prompt {len(prompt)} tokens, {args.rows} rows of {args.tokens}: generate {slow:.3f} s ({new / slow:.0f} tokens/s), "
+          f"LocalChat.sample {fast:.3f} s ({new / fast:.0f} tokens/s), ratio {slow / fast:.1f}; greedy tokens equal: {greedy == expected}")
+
+
+if __name__ == "__main__":
+    main()
