@@ -5,6 +5,8 @@
     python evaluate.py --policies base --max-turns 1              # the paper's "single turn" row
     python evaluate.py --policies runs/a/policy runs/b/policy     # any adapters, side by side on the same tasks
     python evaluate.py --critic runs/tiny/critic                  # the report shows which turn earned the credit
+    python evaluate.py --policies base --best-of 16 --critic runs/tiny/critic   # every turn: the best of 16 by the critic
+    python evaluate.py --compare runs/a runs/b                    # paired differences on the tasks that all runs have
     python evaluate.py --talk 3                                   # be the human yourself, on the third task
 
 The agent sees only the dialogue. Its answer is run on the task's hidden test calls; `success` is all of them passed, counted
@@ -17,22 +19,27 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 from colbench.audit import flaws
+from colbench.compare import compare
 from colbench.credit import add_credit
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play
 from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, shard, shard_path, shards_hint,
                             write_aside)
 from colbench.humans import make_human
-from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
+from colbench.model import LocalChat, adapters_off, context_length, load_model, load_tokenizer, message_logps, put_adapter
 from colbench.report import write_report
 from colbench.scorer import Scorer, share, success
 from colbench.server import ServerChat
 from colbench.show import model_row, plan, sampling_memory
 from colbench.talk import talk
 from colbench.tasks import failed, load_tasks
+from colbench.training import value_head
+from train_critic import UNTRAINED, score_candidates
 
 import numpy as np
+import torch
 from peft import PeftModel
 from tqdm import tqdm
 
@@ -59,6 +66,7 @@ def parse_args():
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
     group.add_argument("--shard", metavar="I/N", type=shard, default="1/1", help="only every N-th task from the I-th on, into "
                        "episodes-IofN.jsonl; the N files put together are a whole run's")
+    group.add_argument("--compare", nargs="+", metavar="RUN", help="play nothing: compare the episodes of these runs, task by task")
     group.add_argument("--retry-errors", action="store_true", help="play dialogues again that an error ended")
     group = parser.add_argument_group("agents")
     group.add_argument("--policies", nargs="+", metavar="POLICY",
@@ -72,8 +80,10 @@ def parse_args():
     group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
     group.add_argument("--batch-tokens", type=int, default=65536,
                        help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
-    group.add_argument("--critic", metavar="FOLDER", help="what train_critic.py wrote: the report then shows the advantage of "
-                       "every turn and token (needs the base model --model)")
+    group.add_argument("--critic", metavar="CRITIC", help="what train_critic.py wrote: the report then shows the advantage of every "
+                       "turn and token; with --best-of also untrained, judge or rollout")
+    group.add_argument("--best-of", type=int, default=1, metavar="N", help="at every turn, play the best of N messages by --critic, "
+                       "which uses HIDDEN information: no policy's score, but what the critic is worth (default: %(default)s)")
     group = parser.add_argument_group("human")
     group.add_argument("--human", help="scripted, self (the base model's weights) or a server's URL (default: %(default)s)")
     group.add_argument("--human-model", metavar="NAME", help="model name on that server (default: the first it lists)")
@@ -89,16 +99,24 @@ def parse_args():
     args = parser.parse_args()
     if min(args.k, args.n_tasks, args.max_turns, args.parallel) < 1:
         raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1")
+    if args.compare:
+        return args
     trained = Path(args.run) / "policy"
     args.policies = args.policies or (["base", str(trained)] if args.talk is None or trained.exists() else ["base"])
-    if args.critic and not any((Path(args.critic) / name).exists() for name in ("config.json", "adapter_config.json")):
+    if args.best_of > 1 and not args.critic:
+        raise UserError("--best-of needs --critic: a folder that train_critic.py wrote, or untrained, judge or rollout")
+    if args.critic and not (args.best_of > 1 and args.critic in UNTRAINED) and not any((Path(args.critic) / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"--critic {args.critic}: no trained critic here; run train_critic.py first")
+    if args.agent_server and args.best_of > 1:
+        raise UserError("--best-of scores messages with the local --model; it does not go with --agent-server")
     if args.agent_server:
         args.policies = [f"server {args.agent_server_model or ''}".strip()]
     for policy in args.policies:
         if policy != "base" and not args.agent_server and not (Path(policy) / "config.json").exists() \
                 and not (Path(policy) / "adapter_config.json").exists():
             raise UserError(f"{policy}: no trained policy here; run train_policy.py first, or give --policies base")
+    chosen = f" (best of {args.best_of} by {args.critic})" if args.best_of > 1 else ""
+    args.names = {policy: policy + chosen for policy in args.policies}  # as in episodes.jsonl
     args.episodes = shard_path(args.episodes or Path(args.run) / "episodes.jsonl", args.shard)
     args.metrics = shard_path(args.metrics or Path(args.run) / "metrics.json", args.shard)
     return args
@@ -108,15 +126,18 @@ def main():
     args = parse_args()
     if args.talk is not None:
         return talk(args)
+    if args.compare:
+        return compare(args.compare)
     tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())  # a task twice is one task
     tasks = tasks[args.shard[0] - 1::args.shard[1]]
     lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
-    order = [(policy, task["id"], sample) for policy in args.policies for sample in range(args.k) for task in tasks]
+    order = [(name, task["id"], sample) for name in args.names.values() for sample in range(args.k) for task in tasks]
     if args.retry_errors:
         lines = [line for line in lines if not failed(line)]
         rewrite(args.episodes, lines, order)
-    done = {policy: {(line["id"], line["sample"]): line for line in lines if line["policy"] == policy} for policy in args.policies}
+    done = {policy: {(line["id"], line["sample"]): line for line in lines if line["policy"] == name}
+            for policy, name in args.names.items()}
     todo = [(task, sample) for sample in range(args.k) for task in tasks]
     missing = {policy: sum((task["id"], s) not in done[policy] for task, s in todo) for policy in args.policies}
     if not any(missing.values()):
@@ -125,18 +146,19 @@ def main():
         report(args, tasks, lines, order)
         return
     print(f"{sum(missing.values())} of {len(order)} episodes to play on {args.tasks}: "
-          f"{', '.join(args.policies)}; human {args.human}")
+          f"{', '.join(args.names.values())}; human {args.human}")
     tokenizer = base = None
     if not args.agent_server:
         tokenizer, base = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
     model = base
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
         plan("evaluate", {
-            "agents": ", ".join(args.policies), "model": base and model_row(base, args.model), "human": args.human,
+            "agents": ", ".join(args.names.values()), "model": base and model_row(base, args.model), "human": args.human,
             "tasks": f"{len(tasks)} of {args.tasks}, {args.k} episodes each",
             "tokens": f"at most {args.max_turns} messages of {args.max_new_tokens} an episode, {args.parallel} dialogues at once",
             "memory": base and sampling_memory(base, args.batch_tokens), "sandbox": scorer.tier, "output": args.episodes})
         for policy in args.policies:
+            choose = None
             if args.agent_server:
                 agent = ServerChat(args.agent_server, args.agent_server_model)
                 agent.check()
@@ -144,22 +166,24 @@ def main():
             else:
                 if policy != "base":  # adapters go on the weights that are there; a fully fine-tuned model replaces them
                     model = put_adapter(model if isinstance(model, PeftModel) else base, policy)
+                choose, model = best_of(args, tokenizer, base, model, policy) if args.best_of > 1 else (None, model)
                 agent = LocalChat(model, tokenizer, adapters=policy != "base", batch_tokens=args.batch_tokens)
                 weights = model if isinstance(model, PeftModel) else base
                 human = make_human(args.human, LocalChat(weights, tokenizer, adapters=False, batch_tokens=args.batch_tokens),
                                    args.human_model)
             servers = [chat for chat in (agent, getattr(human, "chat", None)) if isinstance(chat, ServerChat)]
-            batches = play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns, n_candidates=1,
+            batches = play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
+                           n_candidates=args.best_of, candidate_share=float(args.best_of > 1), choose=choose,
                            temperature=args.temperature, max_new_tokens=args.max_new_tokens, parallel=args.parallel,
                            seed=args.seed, done=done[policy])
-            wins, bar = 0, tqdm(total=missing[policy], desc=policy, unit="episode", smoothing=0)
+            wins, bar = 0, tqdm(total=missing[policy], desc=args.names[policy], unit="episode", smoothing=0)
             for episodes in keep_sound(batches, servers):
                 sound = [e for e in episodes if not failed(e)]
                 for episode, result in zip(sound, scorer.score_many([(e["task"], e["answer"]) for e in sound])):
                     episode["reward"], episode["scores"] = share(result, "fixed"), result
                     wins += success(result, "fixed")
                 for episode in episodes:
-                    episode["policy"] = policy
+                    episode["policy"] = args.names[policy]
                     append_jsonl(output, episode)
                 lines += episodes
                 bar.update(len(episodes))
@@ -167,6 +191,39 @@ def main():
             bar.close()
     rewrite(args.episodes, lines, order)
     report(args, tasks, lines, order, model if isinstance(model, PeftModel) else base)
+
+
+def best_of(args, tokenizer, base, model, policy: str):
+    """(function that says which of N messages to play, the model with policy's and critic's adapters on the same weights)."""
+    kind, folder = (args.critic, None) if args.critic in UNTRAINED else ("logprob", args.critic)
+    settings = dict(critic=kind, no_hidden_info=False, no_length_norm=False, official=False, rollouts=4)
+    critic, mine = None, model.active_adapter if isinstance(model, PeftModel) else None
+    if folder:
+        settings |= json.loads((Path(folder) / "training_args.json").read_text(encoding="utf-8"))
+        critic = put_adapter(model if isinstance(model, PeftModel) else base, folder)
+        if (Path(folder) / "value_head.pt").exists():
+            critic.value_head = value_head(critic, folder)
+    settings |= dict(tokens_per_step=args.batch_tokens // 8, max_tokens=context_length(args.model), human=args.human,
+                     max_new_tokens=args.max_new_tokens, seed=args.seed)
+    both = critic if isinstance(critic, PeftModel) else model  # after full fine-tuning the critic is a model of its own
+    theirs, reference = getattr(both, "active_adapter", None), both if isinstance(both, PeftModel) else base
+
+    def use(adapter):
+        if isinstance(both, PeftModel) and adapter:
+            both.set_adapter(adapter)
+
+    def reference_logps(trees):
+        with torch.no_grad(), adapters_off(reference):
+            return message_logps(reference, trees)
+
+    def choose(states):
+        use(theirs)
+        scores = score_candidates(SimpleNamespace(**settings), states, tokenizer, critic or reference, reference_logps)
+        use(mine)
+        return [max(range(len(row)), key=row.__getitem__) if row else 0 for row in scores]  # too long for the critic: the first
+
+    use(mine)
+    return choose, both
 
 
 def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
@@ -228,7 +285,7 @@ def metrics_of(lines: list[dict], flawed: dict) -> dict:
 def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model=None) -> None:
     """Write metrics.json and report.html and print the table. model: the base model's weights, if they are in memory."""
     wanted, results, audit = set(order), {}, flaws(tasks, args.metrics, args.allow_weak_sandbox)
-    for policy in args.policies:
+    for policy in args.names.values():
         results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted],
                                      audit["flawed"])
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -245,7 +302,7 @@ def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model
     print(f"\n{len(tasks) - len(audit['flawed'])} of {len(tasks)} tasks are clean (python -m colbench.audit lists the others); "
           "success on these: " + ", ".join(f"{policy} {m['clean_tasks']['success']:.1%}" for policy, m in results.items()))
     lines = [x for x in lines if (x["policy"], x["id"], x["sample"]) in wanted]
-    if args.critic:
+    if args.critic and args.best_of == 1:
         add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
                    load_tokenizer(args.model), model)
     page = write_report(args.metrics.with_name("report.html"), [args.run], results, lines)

@@ -4,12 +4,15 @@ evaluate.py --critic RUN/critic calls `add_credit`; report.html shows it. One li
 {"policy", "id", "sample", "critic", "turns": [{"advantage", "ratios": [[end, log-ratio], …], "candidates"?}, …]}. `end` is where
 the token ends in the message, in characters; the mean of the log-ratios is the advantage, equation (1) of train_critic.py.
 """
+import json
+from pathlib import Path
+
 import torch
 from peft import PeftModel
 from tqdm import tqdm
 
 from colbench.dialogue import prompt_messages
-from colbench.files import append_jsonl, repair_jsonl, write_aside
+from colbench.files import UserError, append_jsonl, repair_jsonl, write_aside
 from colbench.model import (adapters_off, encode_dialogue, end_of_turn, load_model, message_ids, message_logps, pack, put_adapter,
                             tree_tokens)
 
@@ -23,6 +26,10 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     base: name of the base model, π_ref. model: its weights, if they are in memory. Both π_θ and π_ref read c, the hidden
     reference, in the prompt. Candidates of a turn (`candidates` in its message) are scored too. Interrupted, it goes on.
     """
+    settings = Path(critic, "training_args.json")
+    settings = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    if settings.get("critic") in ("regression", "value") or settings.get("no_hidden_info") or settings.get("no_length_norm"):
+        raise UserError(f"--critic {critic}: the report shows the advantages (1), which this critic does not compute")
     from train_critic import advantage, with_hidden_info  # here, not above: equation (1) and the place of c stand in that script
 
     there = [row for row in repair_jsonl(path) if row["critic"] == str(critic)] if path else []  # another critic's are made anew

@@ -58,13 +58,15 @@ def states_with_candidates(trajectories: list[dict], agent_prompt: str) -> list[
 
 
 def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, n_candidates=16, candidate_share=0.0,
-         temperature=1.0, max_new_tokens=1024, parallel=64, seed=0, done=None):
+         temperature=1.0, max_new_tokens=1024, parallel=64, seed=0, done=None, choose=None):
     """Play many dialogues at once; yields lists of finished episodes, in the order in which they end.
 
     A task with "start" (a dialogue that ends with the human's message) is played on from there.
     agent: anything with `.sample` (LocalChat, ServerChat); human: anything with `.reply` and `.leaked`; todo: list of (task, sample number).
     At a `candidate_share` of the turns n_candidates messages are sampled; the first of them is the one played, and it is the
     one that would have been played without the others. All seeds come from (seed, task id, sample, turn).
+    choose: None, or a function that gets states as `states_with_candidates` makes them and returns, for each, the number of the
+    candidate to play (best-of-N); that one then comes first.
     An error of agent or human ends that dialogue with outcome "simulation_failed" and touches no other; "error" says why.
     An episode is a line of trajectories.jsonl but for the scores.
     done: {(task id, sample): episode} of what an interrupted run has finished. These are not played and not yielded; but where all
@@ -92,6 +94,8 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
             seeds.append([seed_of(*names, "agent", k) for k in range(n_candidates if rank < candidate_share else 1)])
         prompts = [prompt_messages(system, episode["dialogue_history"]) for episode in active]
         replies = agent.sample(prompts, seeds, temperature=temperature, max_new_tokens=max_new_tokens) if missing else active
+        if choose and missing:
+            _best_first(choose, active, prompts, replies)
         for episode, prompt, messages in zip(active, prompts, replies):
             if id(episode) in records:
                 _follow(episode, records[id(episode)])
@@ -114,6 +118,16 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
         active = [episode for episode in active if not episode["outcome"]]
         if finished:
             yield finished
+
+
+def _best_first(choose, active: list[dict], prompts: list[list[dict]], replies: list[list]) -> None:
+    """Put the chosen one of each dialogue's sampled messages in front of the others."""
+    sound = [i for i, messages in enumerate(replies) if len(messages) > 1 and not any(isinstance(m, Exception) for m in messages)]
+    states = [{"id": active[i]["id"], "sample": active[i]["sample"], "turn": (len(active[i]["dialogue_history"]) + 1) // 2,
+               "max_turns": active[i]["max_turns"], "messages": prompts[i], "candidates": [said(m.text)[1] for m in replies[i]],
+               "task": active[i]["task"]} for i in sound]
+    for i, best in zip(sound, choose(states) if sound else ()):
+        replies[i].insert(0, replies[i].pop(best))
 
 
 def _follow(episode: dict, record: dict) -> None:

@@ -81,12 +81,13 @@ def put_adapter(model, adapter: str):
     A fully fine-tuned model is no adapter: it is loaded instead."""
     if not (Path(adapter) / "adapter_config.json").exists():
         return load_model(adapter, device=model.device)
-    if isinstance(model, PeftModel):
-        name = adapter.replace(".", "_")  # PEFT allows no dot in an adapter's name
+    name = adapter.replace(".", "_")  # PEFT allows no dot in an adapter's name
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, adapter, adapter_name=name).eval()
+    if name not in model.peft_config:
         model.load_adapter(adapter, name)
-        model.set_adapter(name)
-        return model.eval()
-    return PeftModel.from_pretrained(model, adapter).eval()
+    model.set_adapter(name)
+    return model.eval()
 
 
 def cannot_load(name: str, error: Exception) -> str:
