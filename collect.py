@@ -23,7 +23,7 @@ from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer
 from colbench.scorer import Scorer, share
-from colbench.server import ServerChat
+from colbench.server import ServerChat, shown
 from colbench.show import model_row, next_step, plan, sampling_memory
 from colbench.tasks import failed, load_tasks, load_trajectories
 
@@ -109,8 +109,8 @@ def main():
             rewrite(args.trajectories, lines, order)
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
         return
-    print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; agent {args.agent_server or args.model}, "
-          f"human {args.human}, {args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
+    print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; agent {shown(args.agent_server or args.model)}, "
+          f"human {shown(args.human)}, {args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
 
     if args.agent_server:
         agent = ServerChat(args.agent_server, args.agent_server_model)

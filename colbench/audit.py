@@ -111,8 +111,9 @@ def _reference(task: dict, scorer: Scorer) -> list[str]:
     for outcome in outcomes:
         kind, body = outcome
         value = read(outcome, nested_list)
-        if kind == "raised" and body in (b"ModuleNotFoundError", b"ImportError"):
-            reasons[f"needs {', '.join(missing_modules(task['ground_truth'])) or 'a module'}, which is not installed"] += 1
+        missing = missing_modules(task["ground_truth"])
+        if kind == "raised" and missing and body in (b"ModuleNotFoundError", b"ImportError", b"NameError"):
+            reasons[f"needs {', '.join(missing)}, which is not installed"] += 1
         elif kind == "raised":
             reasons[f"raises {body.decode(errors='replace')[:60]}"] += 1
         elif kind == "value" and body == b"null":
