@@ -109,8 +109,8 @@ def main():
             rewrite(args.trajectories, lines, order)
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
         return
-    print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; agent {shown(args.agent_server or args.model)}, "
-          f"human {shown(args.human)}, {args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
+    print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; "
+          f"agent {shown(args.agent_server or args.model)}, human {shown(args.human)}, {args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
 
     if args.agent_server:
         agent = ServerChat(args.agent_server, args.agent_server_model)

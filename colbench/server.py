@@ -46,7 +46,7 @@ class ServerChat:
         except ValueError:  # a port that is no number, a broken IPv6 address
             usable = False
         if not usable:
-            raise UserError(f"{shown(base_url).rpartition('@')[2]}: a server's address such as http://127.0.0.1:8000/v1 is wanted")
+            raise UserError(f"{shown(base_url).rpartition('@')[2]}: an address such as http://127.0.0.1:8000/v1 is wanted")
         if parts.path in ("", "/"):
             parts = parts._replace(path="/v1")
         host = parts.netloc.rpartition("@")[2]

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def stage(script, *args, **settings):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", **settings})
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", **settings})
 
 
 def lines(path):
@@ -50,7 +50,7 @@ def write_tasks(path, names):
 
 
 def test_each_trouble_costs_its_own_dialogue(tmp_path):
-    """Twenty tasks, ten of them on a server that misbehaves in ten ways; the run ends, counts them, and plays them again when told."""
+    """Twenty tasks, ten of them on a server that misbehaves in ten ways; the run ends, counts them, plays them again when told."""
     names = [name for name in TROUBLE] + [f"fine {k}" for k in range(10)]
     mended = threading.Event()
 
@@ -116,7 +116,8 @@ def test_a_dead_server_ends_the_run_and_the_same_command_goes_on(tmp_path):
 def test_no_secret_in_any_file_or_word(tmp_path):
     """Passwords in addresses and keys in the environment reach the server and nothing else."""
     secrets = ["pass-word-1", "key-in-environment", "hf_token_in_environment", "query-token-2"]
-    server = Server(lambda body, earlier: "What?" if len(body["messages"]) == 2 else "I WANT TO ANSWER:\ndef f(x):\n    return x + 1")
+    answer = "I WANT TO ANSWER:\ndef f(x):\n    return x + 1"
+    server = Server(lambda body, earlier: "What?" if len(body["messages"]) == 2 else answer)
     address = server.url.replace("http://", f"http://user:{secrets[0]}@") + f"/v1?access={secrets[3]}"
     try:
         settings = dict(OPENAI_API_KEY=secrets[1], HF_TOKEN=secrets[2])
@@ -181,9 +182,10 @@ def collected(tmp_path_factory):
         for k, task in enumerate(mini_tasks("train", 16)):
             for sample, text in enumerate(("I WANT TO ANSWER:\nreturn 1", "What is the toll?")):
                 history = [{"role": "user", "content": task["problem_description"]}, {"role": "assistant", "content": text}]
-                file.write(json.dumps({"task": task, "dialogue_history": history, "answer": text, "reward": float(sample), "id": task["id"],
-                                       "sample": sample, "outcome": "limit"}) + "\n")
-            ranked.write(json.dumps({"id": task["id"], "sample": 0, "turn": 1, "advantages": [1.0, -1.0], "candidates": ["a?", "b?"],
+                file.write(json.dumps({"task": task, "dialogue_history": history, "answer": text, "reward": float(sample),
+                                       "id": task["id"], "sample": sample, "outcome": "limit"}) + "\n")
+            ranked.write(json.dumps({"id": task["id"], "sample": 0, "turn": 1, "advantages": [1.0, -1.0],
+                                     "candidates": ["a?", "b?"],
                                      "messages": [{"role": "system", "content": "x"}, history[0]]}) + "\n")
     return folder
 
@@ -222,9 +224,10 @@ def test_messages_that_reach_beyond_the_context_are_left_out(collected, tmp_path
 
 # ---- errors of the machine ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("error, says", [
-    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Tried to allocate 2 GiB"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--tokens-per-step"),
-    (OSError(27, "File too large"), "File too large"), (RuntimeError("I/O error: No space left on device (os error 28)"), "No space"),
+    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "Tried 2 GiB"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--tokens-per-step"),
+    (OSError(27, "File too large"), "File too large"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), "No space"),
 ])
 def test_what_the_machine_lacks_is_one_line(error, says, capsys):
     def main():
@@ -249,18 +252,20 @@ BAD = {
     "reference: returns what does not equal itself": bad_task("def f(x):\n    return [float('nan')]"),
     "names: a test call uses g, which the description does not": bad_task("def g(x):\n    return x", "g(1)"),
     "names: a test call uses h, which nothing defines": bad_task("def f(x):\n    return x", "f(h)"),
-    "names: a test call uses date, which the description": bad_task("from datetime import date\ndef f(x):\n    return x.year",
-                                                                      "f(date(2020, 1, 2))"),
+    "names: a test call uses date, which the description": bad_task(
+        "from datetime import date\ndef f(x):\n    return x.year", "f(date(2020, 1, 2))"),
     "repeated: 1 of 3": bad_task("def f(x):\n    return x", "f(1)", "f( 1 )", "f(2)"),
     "chance: depends on random numbers": bad_task("import random\ndef f(x):\n    return random.random()"),
     "chance: depends on random": bad_task("import uuid\ndef f(x):\n    return str(uuid.uuid4())"),
     "chance: depends on the clock": bad_task("import datetime\ndef f(x):\n    return datetime.date.today().year"),
-    "chance: depends on the clock ": bad_task("from datetime import datetime\ndef f(x):\n    return (datetime.now() - datetime(2020, 1, 1)).days"),
+    "chance: depends on the clock ": bad_task(
+        "from datetime import datetime\ndef f(x):\n    return (datetime.now() - datetime(2020, 1, 1)).days"),
     "chance: depends on  the clock": bad_task("import time\ndef f(x):\n    return time.strftime('%Y-%m')"),
     "chance: depends on the hash order": bad_task("def f(x):\n    return list({'ab', 'cd', 'ef', 'gh', 'ij', 'kl'})"),
 }
 CLEAN = [
-    bad_task("def f(x):\n    return sorted({'a', 'b'})[x - 1]"), bad_task("import random\ndef f(x):\n    random.seed(x)\n    return random.random()"),
+    bad_task("def f(x):\n    return sorted({'a', 'b'})[x - 1]"),
+    bad_task("import random\ndef f(x):\n    random.seed(x)\n    return random.random()"),
     bad_task("from datetime import datetime\ndef f(x):\n    return datetime(2020, x, 1).isoformat()"),
     bad_task("def f(g):\n    return g(2)", "f(lambda t: t + 1)", "f(lambda t: [u for u in range(t)])"),
     bad_task("import numpy as np\ndef f(x):\n    return np.arange(3)"), *mini_tasks("test", 5),
@@ -271,7 +276,7 @@ def test_audit_names_what_is_wrong_and_nothing_else():
     with Scorer(workers=1) as scorer:
         found = audit([*BAD.values(), *CLEAN], scorer)
     for expected, reasons in zip(BAD, found):
-        assert len(reasons) == 1 and " ".join(expected.split()) in reasons[0], (expected, reasons)
+        assert len(reasons) == 1 + ("nothing defines" in expected) and " ".join(expected.split()) in reasons[0], (expected, reasons)
     assert found[len(BAD):] == [[]] * len(CLEAN)
     assert missing_modules("import os.path, no_such.thing\nfrom . import x") == ["no_such"]
 
@@ -279,10 +284,11 @@ def test_audit_names_what_is_wrong_and_nothing_else():
 def test_audit_as_a_command_and_in_the_metrics(tmp_path):
     tasks = [*BAD.values()][:3] + CLEAN[:2]
     (tmp_path / "tasks.jsonl").write_text("\n" + "".join(json.dumps(task) + "\n" for task in tasks))
-    done = subprocess.run([sys.executable, "-m", "colbench.audit", tmp_path / "tasks.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "colbench.audit", tmp_path / "tasks.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert f"{tmp_path}/tasks.jsonl:2: reference: raises ZeroDivisionError" in done.stdout
     assert done.stdout.splitlines()[-1] == "5 tasks: 2 clean, 3 with reference"
-    done = subprocess.run([sys.executable, "-m", "colbench.audit", tmp_path / "tasks.jsonl", "--json"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
     assert [json.loads(line)["line"] for line in done.stdout.splitlines()] == [2, 3, 4]
     first = flaws(tasks, tmp_path / "metrics.json", False)
     assert list(first["flawed"]) == [task["id"] for task in tasks[:3]]

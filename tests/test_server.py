@@ -301,7 +301,7 @@ def test_check_tells_in_one_line_what_is_wrong(serve):
             ServerChat(server.url, model, max_retries=0).check()
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     for address in ("localhost:8000", "file:///etc/hosts", "http://", "http://host:port/v1", "http://[::1"):
-        with pytest.raises(UserError, match="a server's address"):
+        with pytest.raises(UserError, match="an address such as"):
             ServerChat(address)
 
 
