@@ -132,7 +132,7 @@ def main():
     model = base
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
         plan("evaluate", {
-            "agents": ", ".join(args.policies), "model": base and model_row(base, args.model), "human": args.human,
+            "agents": ", ".join(args.policies), "model": base and model_row(base, args.model), "human": shown(args.human),
             "tasks": f"{len(tasks)} of {args.tasks}, {args.k} episodes each",
             "tokens": f"at most {args.max_turns} messages of {args.max_new_tokens} an episode, {args.parallel} dialogues at once",
             "memory": base and sampling_memory(base, args.batch_tokens), "sandbox": scorer.tier, "output": args.episodes})
