@@ -23,7 +23,7 @@ from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer
 from colbench.scorer import Scorer, share
-from colbench.server import ServerChat
+from colbench.server import ServerChat, shown
 from colbench.show import model_row, next_step, plan, sampling_memory
 from colbench.tasks import failed, load_tasks, load_trajectories
 
@@ -109,8 +109,9 @@ def main():
             rewrite(args.trajectories, lines, order)
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
         return
-    print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; agent {args.agent_server or args.model}, "
-          f"human {args.human}, {args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
+    print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; "
+          f"agent {shown(args.agent_server or args.model)}, human {shown(args.human)}, "
+          f"{args.n_candidates} candidates at {args.candidate_share:.0%} of the turns")
 
     if args.agent_server:
         agent = ServerChat(args.agent_server, args.agent_server_model)
@@ -122,8 +123,8 @@ def main():
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.trajectories, "a", encoding="utf-8") as output:
         model = getattr(agent, "model", None) if not args.agent_server else None
         plan("collect", {
-            "agent": model_row(model, args.model) if model else f"{args.agent_server_model or 'model'} at {args.agent_server}",
-            "human": args.human, "candidates": f"{args.n_candidates} at {args.candidate_share:.0%} of the turns",
+            "agent": model_row(model, args.model) if model else f"{args.agent_server_model or 'model'} at {shown(args.agent_server)}",
+            "human": shown(args.human), "candidates": f"{args.n_candidates} at {args.candidate_share:.0%} of the turns",
             "tokens": f"at most {args.max_turns} messages of {args.max_new_tokens} an episode, {args.parallel} dialogues at once",
             "memory": model and sampling_memory(model, args.batch_tokens), "sandbox": scorer.tier,
             "reward": f"share of tests passed, {args.scorer} scorer", "output": args.trajectories})

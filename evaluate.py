@@ -31,7 +31,7 @@ from colbench.humans import make_human
 from colbench.model import LocalChat, adapters_off, context_length, load_model, load_tokenizer, message_logps, put_adapter
 from colbench.report import write_report
 from colbench.scorer import Scorer, share, success
-from colbench.server import ServerChat
+from colbench.server import ServerChat, shown
 from colbench.show import model_row, plan, sampling_memory
 from colbench.talk import talk
 from colbench.tasks import failed, load_tasks
@@ -146,14 +146,14 @@ def main():
         report(args, tasks, lines, order)
         return
     print(f"{sum(missing.values())} of {len(order)} episodes to play on {args.tasks}: "
-          f"{', '.join(args.names.values())}; human {args.human}")
+          f"{', '.join(args.names.values())}; human {shown(args.human)}")
     tokenizer = base = None
     if not args.agent_server:
         tokenizer, base = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
     model = base
     with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
         plan("evaluate", {
-            "agents": ", ".join(args.names.values()), "model": base and model_row(base, args.model), "human": args.human,
+            "agents": ", ".join(args.names.values()), "model": base and model_row(base, args.model), "human": shown(args.human),
             "tasks": f"{len(tasks)} of {args.tasks}, {args.k} episodes each",
             "tokens": f"at most {args.max_turns} messages of {args.max_new_tokens} an episode, {args.parallel} dialogues at once",
             "memory": base and sampling_memory(base, args.batch_tokens), "sandbox": scorer.tier, "output": args.episodes})
@@ -259,7 +259,8 @@ def metrics_of(lines: list[dict], flawed: dict) -> dict:
     """All that is reported about one policy. Rates leave out dialogues that ended in an error; these are counted.
 
     turns: agent messages an episode. tokens_a_message: as the agent's model counts them. answered_at_limit: share of episodes
-    whose last turn came without an answer. clean_tasks: success where the task is not in `flawed` (see colbench/audit.py). leak_rate: share of human replies with code of the reference in the first draft.
+    whose last turn came without an answer. leak_rate: share of human replies with code of the reference in the first draft.
+    clean_tasks: success on the tasks that are not in `flawed` (see colbench/audit.py).
     """
     sound = [line for line in lines if not failed(line)]
     n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
@@ -288,7 +289,7 @@ def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model
     for policy in args.names.values():
         results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted],
                                      audit["flawed"])
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {name: str(value) if isinstance(value, Path) else shown(value) for name, value in vars(args).items()}
     text = json.dumps({"settings": settings, "audit": audit, "policies": results}, indent=1)
     write_aside(args.metrics, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     width = max(len(policy) for policy in results)

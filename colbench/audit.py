@@ -1,6 +1,6 @@
 """Which tasks of a file cannot be won, or not fairly: a benchmark's own mistakes, named by line.
 
-    python -m colbench.audit TASKS [--n-tasks N] [--json]         # TASKS as for the scripts: a .jsonl file, a hub data set, mini:test
+    python -m colbench.audit TASKS [--n-tasks N] [--json]    # TASKS as for the scripts: a .jsonl file, a hub data set, mini:test
 
 A task is clean unless one of these holds; the first four make `success` impossible or a matter of luck:
   reference     it raises on a test call, returns None, needs a module that is not installed, returns no plain data, is too slow
@@ -8,8 +8,8 @@ A task is clean unless one of these holds; the first four make `success` impossi
   names         a test call uses a name that the description never mentions, or one that nothing defines
   chance        the reference's results change with random seed, hash order of sets, or the clock
   repeated      two test calls are the same
-The reference runs twice in the scorer's sandbox, the second time with another hash seed, other random numbers and a clock 400 days
-on; only where the results differ does it run again to find out which of the three it was.
+The reference runs twice in the scorer's sandbox, the second time with another hash seed, other random numbers and a clock 400
+days on; only where the results differ does it run again to find out which of the three it was.
 """
 
 import argparse
@@ -111,8 +111,9 @@ def _reference(task: dict, scorer: Scorer) -> list[str]:
     for outcome in outcomes:
         kind, body = outcome
         value = read(outcome, nested_list)
-        if kind == "raised" and body in (b"ModuleNotFoundError", b"ImportError"):
-            reasons[f"needs {', '.join(missing_modules(task['ground_truth'])) or 'a module'}, which is not installed"] += 1
+        missing = missing_modules(task["ground_truth"])
+        if kind == "raised" and missing and body in (b"ModuleNotFoundError", b"ImportError", b"NameError"):
+            reasons[f"needs {', '.join(missing)}, which is not installed"] += 1
         elif kind == "raised":
             reasons[f"raises {body.decode(errors='replace')[:60]}"] += 1
         elif kind == "value" and body == b"null":
@@ -138,8 +139,9 @@ def _chance(task: dict, scorer: Scorer, other: sandbox.Zygote, expected: list) -
     def differs(zygote, before):
         code = task["ground_truth"] if "__future__" in task["ground_truth"] else before + task["ground_truth"]
         got = zygote.run({"fixed": code}, calls, REFERENCE_S)["fixed"]
-        return any(value is not None and value[0] == value[0] and judge(value, outcome, nested_list) != "passed"
-                   for value, outcome in zip(expected, got))
+        again = [read(outcome, nested_list) for outcome in got]
+        return any(value and (not other or value[0] != other[0] and repr(value[0]) != repr(other[0]))  # NaN only equals by its name
+                   for value, other in zip(expected, again))
 
     if not differs(other, OTHER_SEED + OTHER_TIME):
         return []
@@ -157,7 +159,8 @@ def _repeated(task: dict) -> list[str]:
 
 def flaws(tasks: list[dict], metrics: Path, allow_weak: bool) -> dict:
     """{"tasks": digest of them, "flawed": {task id: reasons}}; out of `metrics` (metrics.json) where the same tasks are in it."""
-    digest = hashlib.sha256(json.dumps([[task["id"], task["ground_truth"], task["test_cases"]] for task in tasks]).encode()).hexdigest()
+    what = [[task["id"], task["problem_description"], task["ground_truth"], task["test_cases"]] for task in tasks]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     try:
         before = json.loads(metrics.read_text(encoding="utf-8"))["audit"]
         if before["tasks"] == digest:
@@ -174,7 +177,7 @@ def main():
     parser.add_argument("tasks")
     parser.add_argument("--n-tasks", type=int, help="the first so many (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a task that is not clean, instead of text")
-    parser.add_argument("--allow-weak-sandbox", action="store_true", help="run references even where the sandbox cannot be made safe")
+    parser.add_argument("--allow-weak-sandbox", action="store_true", help="go on even where the sandbox cannot be made safe")
     args = parser.parse_args()
     if args.n_tasks is not None and args.n_tasks < 1:
         raise UserError("--n-tasks is at least 1")

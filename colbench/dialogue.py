@@ -69,8 +69,8 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
     candidate to play (best-of-N); that one then comes first.
     An error of agent or human ends that dialogue with outcome "simulation_failed" and touches no other; "error" says why.
     An episode is a line of trajectories.jsonl but for the scores.
-    done: {(task id, sample): episode} of what an interrupted run has finished. These are not played and not yielded; but where all
-    is local they are followed from turn to turn, and sampled anew beside one that is missing. So that one meets the batches it
+    done: {(task id, sample): episode} of what an interrupted run has finished. These are not played and not yielded; but where
+    all is local they are followed from turn to turn, and sampled anew beside one that is missing. So that one meets the batches it
     would have met without the interruption, and is the same to the last bit; it costs at most `max_turns` batches.
     """
     done = done or {}

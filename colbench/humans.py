@@ -15,7 +15,7 @@ from collections import namedtuple
 from functools import lru_cache
 
 from colbench.files import UserError, seed_of
-from colbench.server import ServerChat
+from colbench.server import ServerChat, shown
 
 UNKNOWN = "I don't know."
 
@@ -53,7 +53,7 @@ def make_human(spec, chat=None, model=None, max_characters=400):
         server = ServerChat(spec, model)
         server.check()
         return ModelHuman(server, max_characters)
-    raise UserError(f"human {spec}: scripted, self or the address of a server (http://…) is wanted")
+    raise UserError(f"human {shown(spec)}: scripted, self or the address of a server (http://…) is wanted")
 
 
 class ModelHuman:

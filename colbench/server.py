@@ -13,6 +13,15 @@ from colbench.files import UserError, seed_of
 Reply = namedtuple("Reply", "text tokens")  # tokens: how many were generated, or None where the server does not say
 
 
+def shown(text):
+    """`text` for people and files: the address of a server without user, password and query; anything else as it is."""
+    if not isinstance(text, str) or not re.match(r"\w+://", text):
+        return text
+    scheme, _, rest = text.partition("://")
+    host, slash, path = rest.split("?")[0].split("#")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 class ServerChat:
     """Samples chat messages from a server. Same `sample` as colbench.model.LocalChat.
 
@@ -37,8 +46,7 @@ class ServerChat:
         except ValueError:  # a port that is no number, a broken IPv6 address
             usable = False
         if not usable:
-            shown = base_url.split("@")[-1].split("?")[0]
-            raise UserError(f"{shown}: a server's address such as http://127.0.0.1:8000/v1 is wanted")
+            raise UserError(f"{shown(base_url).rpartition('@')[2]}: an address such as http://127.0.0.1:8000/v1 is wanted")
         if parts.path in ("", "/"):
             parts = parts._replace(path="/v1")
         host = parts.netloc.rpartition("@")[2]
@@ -51,6 +59,8 @@ class ServerChat:
                    parts.query, *(pair.partition("=")[2] for pair in parts.query.split("&"))]
         self._secrets = sorted({s for s in secrets if s and len(s) > 5}, key=len, reverse=True)
         self._seed_accepted = True
+        # a server that sends a byte now and then is never silent: this ends it. The client obeys a Retry-After of up to 60 s
+        self._patience = (max_retries + 1) * (timeout + 60)
         self._client = openai.OpenAI(base_url=parts.geturl(), api_key=api_key, max_retries=max_retries,
                                      timeout=openai.Timeout(timeout, connect=min(timeout, 10)))
 
@@ -109,13 +119,24 @@ class ServerChat:
     def _sample_one(self, messages, seed, temperature, max_new_tokens, stop, may_be_empty=False):
         """A Reply or an Exception; never raises. A reply without text is asked for once more, with another seed."""
         for used_seed in (seed, seed_of(seed, "again")):
+            outcome = queue.SimpleQueue()
+            arguments = (outcome, messages, used_seed, temperature, max_new_tokens, stop)
+            threading.Thread(target=self._attempt, args=arguments, daemon=True).start()
             try:
-                reply, reason = self._request(messages, used_seed, temperature, max_new_tokens, stop)
-            except Exception as error:  # whatever it is, it must cost this one message and no other
-                return RuntimeError(self._words(error))
+                reply, reason = outcome.get(timeout=self._patience)
+            except queue.Empty:
+                return RuntimeError(f"{self.address}: no whole reply in {self._patience:.0f} s")
+            if isinstance(reply, Exception):
+                return reply
             if reply.text or may_be_empty:
                 return reply
         return RuntimeError(f"{self.address}: a reply without text, twice (finish reason: {reason})")
+
+    def _attempt(self, outcome, *request):
+        try:
+            outcome.put(self._request(*request))
+        except Exception as error:  # whatever it is, it must cost this one message and no other
+            outcome.put((RuntimeError(self._words(error)), None))
 
     def _request(self, messages, seed, temperature, max_new_tokens, stop):
         import openai

@@ -141,7 +141,7 @@ def save_trained(accelerator, output: Path, model, tokenizer, settings: dict) ->
                 (temporary / "README.md").unlink()
         write_aside(output, write)
         newest = checkpoint_path(output)
-        for path in (newest, previous(newest), newest.with_name(f".{newest.name}.new")):  # the last: of a kill while it was written
+        for path in (newest, previous(newest), newest.with_name(f".{newest.name}.new")):  # the last: of a kill in mid-write
             path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 

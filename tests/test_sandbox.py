@@ -556,7 +556,8 @@ def test_in_a_container(name, bait):
         pytest.skip(f"{wrapper[0]} cannot do this here")
     names = [n for n in ESCAPES if n != "500 threads"]
     codes = [escape_code(ESCAPES[n].replace("<pid>", "1"), bait) for n in names]
-    done = subprocess.run([*wrapper, sys.executable, "-c", REPORT % ("", codes)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*wrapper, sys.executable, "-c", REPORT % ("", codes)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
     assert done.stdout.startswith("strict 1.0 0.0\n"), done.stdout + done.stderr
     assert [n for n, outcome in zip(names, eval(done.stdout.split("\n")[1])) if outcome not in ("raised", "died")] == []
     assert_unharmed(bait)

@@ -174,6 +174,25 @@ def test_a_lost_request_loses_no_other(serve):
     assert "out of memory" in words["down"] and "timed out" in words["stuck"] and "no chat completion" in words["page"]
 
 
+def test_a_server_that_drips_is_given_up(serve):
+    """A byte every now and then keeps the connection from falling silent, for ever."""
+    over = threading.Event()
+
+    def drip(connection):
+        connection.recv(10_000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+        while not over.wait(0.05):
+            connection.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=lambda: drip(listener.accept()[0]), daemon=True).start()
+        chat = ServerChat(f"http://127.0.0.1:{listener.getsockname()[1]}", "first", timeout=0.5, max_retries=0)
+        chat._patience = 1.0
+        (reply,), = chat.sample([says("x")], [[1]])
+        over.set()
+    assert isinstance(reply, Exception) and "no whole reply in 1 s" in str(reply)
+
+
 def test_a_dialogue_too_long_is_sent_once(serve):
     message = "This model's maximum context length is 8192 tokens. Please reduce the length of the messages."
     server = serve(lambda body, earlier: (400, {}, {"error": {"message": message, "code": 400}}))
@@ -282,7 +301,7 @@ def test_check_tells_in_one_line_what_is_wrong(serve):
             ServerChat(server.url, model, max_retries=0).check()
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     for address in ("localhost:8000", "file:///etc/hosts", "http://", "http://host:port/v1", "http://[::1"):
-        with pytest.raises(UserError, match="a server's address"):
+        with pytest.raises(UserError, match="an address such as"):
             ServerChat(address)
 
 

@@ -1,0 +1,122 @@
+"""Answers scored a second on two cores: our scorer beside the released way of scoring, in one run.
+
+    python tests/bench/scoring.py [TASKS] [--answers N]          # TASKS: mini:test (default) or a .jsonl file
+
+The released way, in our words: exec reference and answer in the scorer's own process, no isolation, SIGALRM of one second around
+each of the answer's calls; it runs the reference again for every answer. Answers are the references themselves in a fence, half of
+them with one number changed. Ours gives both scores, `fixed` and `official`, of each answer. Not a test: nothing is asserted.
+"""
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from colbench.scorer import Scorer  # noqa: E402
+from colbench.tasks import load_tasks  # noqa: E402
+
+FENCE = "`" * 3
+
+
+def late(*_):
+    raise TimeoutError
+
+
+def released_way(job):
+    """Calls passed, by the released evaluator's rules, here in this process."""
+    reference, answer, calls = job
+    if any(word in answer for word in ("import os", "from os", "import sys", "from sys", "sudo", "transformers", "exit(", "quit(",
+                                       "argparse")):
+        return 0
+    answer, passed = answer.split(FENCE + "python")[1].split(FENCE)[0], 0
+    signal.signal(signal.SIGALRM, late)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for call in calls:
+            values = []
+            for code, seconds in ((reference, 0), (answer, 1)):
+                names = {}
+                try:
+                    signal.alarm(seconds)
+                    exec(code, {}, names)
+                    values.append(eval(call, {}, names))
+                except Exception:
+                    values.append(None)
+                finally:
+                    signal.alarm(0)
+            try:
+                passed += values[0] is not None and bool(values[0] == values[1])
+            except ValueError:
+                pass
+    return passed
+
+
+def spoiled(code):
+    """The code with its last number changed."""
+    numbers = list(re.finditer(r"\b\d+\b", code))
+    if not numbers:
+        return code
+    return code[:numbers[-1].start()] + str(int(numbers[-1][0]) + 1) + code[numbers[-1].end():]
+
+
+def cpu_seconds(pairs):
+    """CPU seconds that a scorer and all its processes take for these, its start and the references included."""
+    def used():
+        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    before = used()
+    with Scorer(workers=2) as scorer:
+        list(scorer.score_many(pairs))
+        for zygote in scorer.zygotes:  # asked to leave, so that its children's time is counted; a killed one takes it along
+            zygote.control.close()
+            zygote.process.wait()
+    return used() - before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="?", default="mini:test")
+    parser.add_argument("--answers", type=int, default=1200)
+    args = parser.parse_args()
+    tasks = load_tasks(args.tasks)
+    pairs = []
+    for k in range(args.answers):
+        task = tasks[k % len(tasks)]
+        code = spoiled(task["ground_truth"]) if (k // len(tasks) + k) % 2 else task["ground_truth"]
+        pairs.append((task, f"{FENCE}python\n{code}\n{FENCE}"))
+
+    start = time.monotonic()
+    with Scorer(workers=2) as scorer:
+        ready = time.monotonic()
+        first = list(scorer.score_many(pairs))
+        cold = time.monotonic()
+        list(scorer.score_many(pairs))
+        warm = time.monotonic()
+    once, twice = cpu_seconds(pairs), cpu_seconds(pairs + pairs)
+    jobs = [(task["ground_truth"], answer, list(task["test_cases"].values())) for task, answer in pairs]
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.Pool(2, os.chdir, [folder]) as pool:  # a reference writes a file
+        pool.map(abs, range(2))
+        begin = time.monotonic()
+        theirs = pool.map(released_way, jobs, chunksize=8)
+        end = time.monotonic()
+
+    n = len(pairs)
+    agree = sum(ours["official"]["passed"] == passed for ours, passed in zip(first, theirs))
+    print(f"{n} answers of {len(tasks)} tasks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    for name, seconds in ("released way, 2 processes", end - begin), ("ours, 2 workers, references cached", warm - cold):
+        print(f"{name:34}  {n / seconds:8.0f} answers/s   {2000 * seconds / n:6.2f} ms of a core each")
+    print(f"ours, 2 workers, references too     {n / (cold - ready):8.0f} answers/s   (sandbox up in {ready - start:.2f} s)")
+    print(f"ours, CPU time of all processes, references cached: {1000 * (twice - once) / n:.2f} ms an answer")
+    print(f"ratio, cached: {(end - begin) / (warm - cold):.3f} of the released way's throughput; both scorings, in a sandbox")
+    print(f"`official` agrees with the released way on {agree} of {n} answers")
+
+
+if __name__ == "__main__":
+    main()
