@@ -1,0 +1,288 @@
+"""Every critic and baseline against the slow way of computing it: one message, one forward pass, by hand."""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_policy
+from colbench.compare import compare, paired
+from colbench.dialogue import MARKER, play, prompt_messages, states_with_candidates
+from colbench.files import UserError, append_jsonl
+from colbench.humans import ScriptedHuman
+from colbench.judges import JUDGE_PROMPT, judge_scores, rollout_scores
+from colbench.mini import mini_tasks
+from colbench.model import LocalChat, add_lora, adapters_off, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids, message_logps
+from colbench.scorer import Scorer, share
+from colbench.tasks import of_first_tasks
+from colbench.training import value_head
+from train_critic import advantage, critic_loss, make_pairs, score_candidates, trajectory_score, with_hidden_info
+
+SYSTEM = "Ask about one missing detail at a time, then answer."
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="module")
+def critic():
+    """A LoRA model far from its base, with a head that is not zero."""
+    torch.manual_seed(0)
+    model = add_lora(load_model("tiny", device="cpu"), 4).eval()
+    model.value_head = value_head(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "value_head" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def task():
+    return mini_tasks("train", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def states(task):
+    def state(turn, history, candidates):
+        return {"id": task["id"], "sample": 0, "turn": turn, "max_turns": 10, "task": task, "candidates": candidates,
+                "messages": prompt_messages(SYSTEM, [{"role": "user", "content": task["problem_description"]}, *history])}
+    asked = [{"role": "assistant", "content": "What is the rebate?"}, {"role": "user", "content": "The rebate is 3."}]
+    return [state(1, [], ["What is the escort?", "Tell me the rebate.", "How much is the storage?"]),
+            state(2, asked, ["What is the insurance?", f"{MARKER} def price(n, d): return n"])]
+
+
+def settings(**changes):
+    return SimpleNamespace(**dict(critic="logprob", no_hidden_info=False, no_length_norm=False, official=False, tokens_per_step=150,
+                                  max_tokens=1024, rollouts=3, human="scripted", max_new_tokens=96, seed=0) | changes)
+
+
+def naive_logps(model, tokenizer, messages, text):
+    prompt, _ = encode_dialogue(tokenizer, messages)
+    ids = message_ids(tokenizer, text, end_of_turn(tokenizer))
+    with torch.no_grad():
+        logps = model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(prompt) + k - 1, token] for k, token in enumerate(ids)])
+
+
+def naive_score(args, model, tokenizer, state, text):
+    """The advantage of one candidate, from full logits or hidden states of one sequence."""
+    with_c = with_hidden_info(state["messages"], state["task"]["ground_truth"])
+    prompt = state["messages"] if args.no_hidden_info else with_c
+    if args.critic in ("regression", "value"):
+        ids, _ = encode_dialogue(tokenizer, prompt)
+        message = message_ids(tokenizer, text, end_of_turn(tokenizer))
+        with torch.no_grad():
+            last = model(input_ids=torch.tensor([ids + message]), output_hidden_states=True).hidden_states[-1][0, -len(message):]
+            return (last.mean(0) @ model.value_head.weight[0] + model.value_head.bias[0]).item()
+    with adapters_off(model):
+        ref = naive_logps(model, tokenizer, state["messages"] if args.official or args.critic == "untrained" else prompt, text)
+        untrained = naive_logps(model, tokenizer, with_c, text)
+    ratios = (untrained if args.critic == "untrained" else naive_logps(model, tokenizer, prompt, text)) - ref
+    return (ratios.sum() if args.no_length_norm else ratios.mean()).item()
+
+
+def reference_logps_of(model):
+    def reference_logps(trees):
+        with torch.no_grad(), adapters_off(model):
+            return message_logps(model, trees)
+    return reference_logps
+
+
+@pytest.mark.parametrize("changes", [{}, {"no_hidden_info": True}, {"no_length_norm": True}, {"official": True},
+                                     {"critic": "untrained"}, {"critic": "regression"}, {"critic": "value", "no_hidden_info": True}])
+def test_scores_of_candidates(critic, tokenizer, states, changes):
+    args = settings(**changes)
+    scores = score_candidates(args, states, tokenizer, critic, reference_logps_of(critic))
+    expected = [[naive_score(args, critic, tokenizer, state, text) for text in state["candidates"]] for state in states]
+    assert [len(row) for row in scores] == [3, 2]
+    for got, wanted in zip(scores, expected):
+        assert got == pytest.approx(wanted, abs=2e-5)
+    assert len({round(value, 4) for row in scores for value in row}) == 5  # no two are equal: an exchange would show
+
+
+def test_states_that_are_too_long_have_no_scores(critic, tokenizer, states):
+    length = len(encode_dialogue(tokenizer, with_hidden_info(states[0]["messages"], states[0]["task"]["ground_truth"]))[0])
+    scores = score_candidates(settings(max_tokens=length + 12), states, tokenizer, critic, reference_logps_of(critic))
+    assert len(scores[0]) == 3 and scores[1] == []
+
+
+def test_judge_compares_in_both_orders(critic, tokenizer, states):
+    first, second = states[1]["candidates"]
+    [[a, b]] = judge_scores(reference_logps_of(critic), tokenizer, [states[1]["messages"]], [[first, second]], 4096)
+    dialogue = "\n".join(f"{m['role']}: {m['content']}" for m in states[1]["messages"])
+    odds = []
+    for one, other, sign in ((first, second, 1), (second, first, -1)):
+        text = JUDGE_PROMPT.format(dialogue=dialogue, first=one, second=other)
+        prompt, _ = encode_dialogue(tokenizer, [{"role": "user", "content": text}])
+        with torch.no_grad(), adapters_off(critic):
+            logps = critic(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        one_id, two_id = (tokenizer.encode(number, add_special_tokens=False)[0] for number in "12")
+        odds.append(sign * (logps[one_id] - logps[two_id]).item())
+    assert a == pytest.approx(sum(odds) / 2, abs=1e-4) and b == pytest.approx(-a, abs=1e-4)
+
+
+def test_rollouts_average_real_rewards(critic, tokenizer, states, task):
+    """Answers get their own score; a question the mean reward of the dialogues played on from it, here played on one by one."""
+    state = states[1] | {"candidates": [f"{MARKER} {task['ground_truth']}", f"{MARKER} def price(n, d): return None", "What is the escort?"]}
+    [[right, wrong, question]] = rollout_scores(settings(), [state], tokenizer, critic)
+    assert (right, wrong) == (1.0, 0.0)
+    human, rewards = ScriptedHuman(), []
+    for m in range(3):
+        start = [*state["messages"][1:], {"role": "assistant", "content": "What is the escort?"}]
+        start.append({"role": "user", "content": human.reply([task], [start], [0])[0]})
+        agent = LocalChat(critic, tokenizer, adapters=False)
+        name = f"{task['id']} 0 2 2 {m}"
+        [[episode]] = list(play(agent, human, [(task | {"start": start}, name)], agent_prompt=SYSTEM, max_new_tokens=96, n_candidates=1))
+        assert [x["content"] for x in episode["dialogue_history"][:len(start)]] == [x["content"] for x in start]
+        with Scorer() as scorer:
+            rewards += [share(result, "fixed") for result in scorer.score_many([(task, episode["answer"])])]
+    assert question == pytest.approx(sum(rewards) / 3)
+
+
+def test_scores_of_a_trajectory_by_hand():
+    logps, ref = [torch.tensor([1.0, 2.0]), torch.tensor([5.0])], [torch.tensor([0.5, 0.5]), torch.tensor([1.0])]
+    assert trajectory_score(logps, ref).item() == 1.0 + 4.0  # mean(0.5, 1.5) + mean(4)
+    assert trajectory_score(logps, ref, "sum").item() == 0.5 + 1.5 + 4.0
+    assert trajectory_score(logps, ref, "trajectory-mean").item() == pytest.approx(6.0 / 3)
+    assert advantage(logps[0], ref[0], length_norm=False).item() == 2.0
+    loss, a, b = critic_loss(logps, ref, ref, ref, beta=0.1, nll_weight=0.0, aggregate="sum")
+    assert (a.item(), b.item()) == (6.0, 0.0) and loss.item() == pytest.approx(math.log1p(math.exp(-0.6)))
+
+
+def test_pairs_of_the_released_code_and_by_a_gap():
+    trajectories = [{"id": "t", "reward": r} for r in (1.0, 0.6, 0.5, 1.0)]
+    assert set(make_pairs(trajectories, 0, 0)) == {(0, 1), (0, 2), (1, 2), (3, 1), (3, 2)}
+    assert set(make_pairs(trajectories, 0, 0, chosen_from=1.0)) == {(0, 1), (0, 2), (3, 1), (3, 2)}
+    assert set(make_pairs(trajectories, 0, 0, min_gap=0.45)) == {(0, 2), (3, 2)}
+
+
+def test_first_tasks_come_whole():
+    trajectories = [{"id": task, "sample": sample} for sample in range(3) for task in "abc"]
+    assert [t["id"] for t in of_first_tasks(trajectories, 5)] == list("aaabb") and of_first_tasks(trajectories, 0) == trajectories
+
+
+# ---- baselines of train_policy.py -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trajectories(task, tmp_path_factory):
+    path = tmp_path_factory.mktemp("baseline") / "trajectories.jsonl"
+    for sample, (reward, words) in enumerate([(1.0, ["What is the rebate?", f"{MARKER} right"]), (0.3, [f"{MARKER} wrong"])]):
+        history = [{"role": "user", "content": task["problem_description"]}]
+        for word in words:
+            history += [{"role": "assistant", "content": word}, {"role": "user", "content": "The rebate is 3."}]
+        append_jsonl(path, {"id": task["id"], "sample": sample, "task": task, "system": SYSTEM, "dialogue_history": history[:-1],
+                            "answer": "x", "reward": reward, "outcome": "answered"})
+    return path
+
+
+def units_of(algorithm, path, tokenizer, **changes):
+    args = SimpleNamespace(**dict(algorithm=algorithm, trajectories=path, max_trajectories=0, pairs_per_task=0, seed=0, max_tokens=1024) | changes)
+    return train_policy.load_baseline(args, tokenizer)
+
+
+def test_baselines_train_on_agent_tokens_alone(trajectories, tokenizer):
+    texts = [["What is the rebate?", f"{MARKER} right"], [f"{MARKER} wrong"]]
+    [unit] = units_of("multi-turn-dpo", trajectories, tokenizer)
+    assert unit["pairs"] == [([0, 1], [2])]
+    end = end_of_turn(tokenizer)
+    for (ids, spans, leaves), messages in zip(unit["trees"], texts):
+        assert leaves == [] and [ids[a:b] for a, b in spans] == [message_ids(tokenizer, text, end) for text in messages]
+    [unit] = units_of("rft", trajectories, tokenizer)  # the successful one alone
+    assert unit["pairs"] == [([0, 1], [])] and len(unit["trees"]) == 1
+    with pytest.raises(UserError, match="no trajectory of reward 1"):
+        units_of("rft", trajectories, tokenizer, max_tokens=10)
+
+
+def test_multi_turn_dpo_by_hand(trajectories, tokenizer, critic):
+    """The loss that the loop computes from a unit equals DPO on whole trajectories, message by message."""
+    [unit] = units_of("multi-turn-dpo", trajectories, tokenizer)
+    with torch.no_grad():
+        messages = [m for tree in message_logps(critic, unit["trees"]) for m in tree]
+        ref = [m for tree in reference_logps_of(critic)(unit["trees"]) for m in tree]
+    (a, b), cat = unit["pairs"][0], lambda rows, numbers: torch.cat([rows[i] for i in numbers])
+    loss, *_ = train_policy.policy_loss(cat(messages, a), cat(messages, b), cat(ref, a), cat(ref, b), 0.1, 0.01)
+    totals, nll = [], None
+    for line in map(json.loads, trajectories.read_text().splitlines()):
+        total, tokens = 0.0, []
+        for i, message in enumerate(line["dialogue_history"]):
+            if message["role"] == "assistant":
+                prompt = prompt_messages(SYSTEM, line["dialogue_history"][:i])
+                theta = naive_logps(critic, tokenizer, prompt, message["content"])
+                with adapters_off(critic):
+                    total += (theta - naive_logps(critic, tokenizer, prompt, message["content"])).sum().item()
+                tokens += theta.tolist()
+        totals.append(total)
+        nll = nll if nll is not None else -sum(tokens) / len(tokens)
+    expected = math.log1p(math.exp(-0.1 * (totals[0] - totals[1]))) + 0.01 * nll
+    assert loss.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_official_nll_is_over_the_prompt_too():
+    chosen, rejected, prompt = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0]), torch.tensor([-6.0])
+    loss, *_ = train_policy.policy_loss(chosen, rejected, chosen, rejected, 0.1, 1.0, torch.cat([prompt, chosen]))
+    assert loss.item() == pytest.approx(math.log(2) + 3.0)
+
+
+# ---- evaluate.py ----------------------------------------------------------------------------------------------------
+
+
+def test_best_of_n_plays_the_chosen_message(critic, tokenizer, task):
+    """The chosen one is played and comes first; the states are those that a critic ranks; the others are kept."""
+    seen = []
+
+    def last(states):
+        seen.extend(states)
+        return [len(state["candidates"]) - 1 for state in states]
+
+    agent, tasks = LocalChat(critic, tokenizer, adapters=False), mini_tasks("train", 6)
+    arguments = dict(agent_prompt=SYSTEM, max_turns=3, max_new_tokens=32, n_candidates=4, candidate_share=1.0)
+    plain = {e["id"]: e for some in play(agent, ScriptedHuman(), [(t, 0) for t in tasks], **arguments) for e in some}
+    chosen = {e["id"]: e for some in play(agent, ScriptedHuman(), [(t, 0) for t in tasks], choose=last, **arguments) for e in some}
+    for name, episode in chosen.items():
+        first, other = episode["dialogue_history"][1], plain[name]["dialogue_history"][1]
+        assert first["candidates"][0] == first["output"] == other["candidates"][-1]
+        assert sorted(first["candidates"]) == sorted(other["candidates"])
+    made = states_with_candidates(list(chosen.values()), SYSTEM)
+    key = lambda state: (state["id"], state["turn"])  # noqa: E731
+    assert sorted(map(key, made)) == sorted(map(key, seen))
+    by_key = {key(state): state for state in seen}
+    assert all(by_key[key(state)]["messages"] == state["messages"] for state in made)
+
+
+def test_paired_difference_by_hand():
+    difference, (low, high) = paired([(1, 0), (1, 1), (0, 0), (1, 0)], ["a", "b", "c", "d"])
+    assert difference == 0.5
+    draws, rng = [], random.Random(1)
+    for _ in range(20_000):  # the obvious bootstrap
+        draws.append(sum(rng.choice([1, 0, 0, 1]) for _ in range(4)) / 4)
+    draws.sort()
+    assert (low, high) == (draws[500], draws[19_500])
+    assert paired([(1, 0)] * 3 + [(0, 1)], ["a", "a", "a", "b"])[0] == 0.5  # by episode, resampled by task
+
+
+def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
+    calls = {"a": [True, True, False], "b": [True, False, False]}
+    for run, passed in calls.items():
+        (tmp_path / run).mkdir()
+        for k, right in enumerate(passed):
+            append_jsonl(tmp_path / run / "episodes.jsonl", {"policy": "p", "id": str(k), "sample": 0, "outcome": "answered",
+                                                              "scores": result_of(right)})
+    compare([str(tmp_path / "a"), str(tmp_path / "b")])
+    text = capsys.readouterr().out
+    assert "3 episodes on 3 tasks" in text and "33.3% -  66.7% =  -33.3%" in text and "wins 0, ties 2, losses 1" in text
+    with pytest.raises(UserError, match="two policies"):
+        compare([str(tmp_path / "a")])
+
+
+def result_of(right):
+    """A real result of the scorer for a task of one test."""
+    task = {"id": "t", "problem_description": "f", "ground_truth": "def f(x):\n    return x", "test_cases": {"t1": "f(1)"}}
+    with Scorer() as scorer:
+        return next(scorer.score_many([(task, "def f(x):\n    return " + ("x" if right else "2"))]))
