@@ -1,0 +1,290 @@
+"""Every comparison of the paper on the embedded default, over seeds: one table and two figures.
+
+    python tests/study.py --out runs/study                 # 5 seeds, hours on two cores; the same command goes on after an interrupt
+    python tests/study.py --out runs/study --table         # only the table and the figures of what is there
+    python tests/study.py --out runs/gate --gate           # before seeds are spent: do oracle labels beat rejection fine-tuning?
+    python tests/study.py --out runs/sweep --sweep         # the same few settings for every method, on train-split tasks
+
+It calls the four scripts as a user would, one thread each, as many at once as there are cores. A job is done when its last file is
+there. OUT/table.md has mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the same seeds;
+OUT/best_of_n.png and OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TRAJECTORIES = 1800  # 300 tasks x 6, the preset of collect.py
+CRITICS = {  # row -> flags of train_critic.py; each also trains a policy
+    "SWEET": [],
+    "regression head": ["--critic", "regression"],
+    "without hidden information": ["--no-hidden-info"],
+    "without length norm": ["--no-length-norm"],
+    "a quarter of the trajectories": ["--max-trajectories", str(TRAJECTORIES // 4)],
+    "half of the trajectories": ["--max-trajectories", str(TRAJECTORIES // 2)],
+}
+RANKERS = {"SWEET": [], "without hidden information": ["--no-hidden-info"], "value": ["--critic", "value"], "untrained": ["--critic", "untrained"]}
+PAPER_POLICY = ["--pairing", "halves", "--nll-weight", "0.01", "--no-skip-last-turn"]
+BASELINES = {"rejection fine-tuning": "rft", "multi-turn DPO": "multi-turn-dpo"}
+BEST_OF = (4, 16)
+SWEEP = {"learning rate 3e-4": ["--learning-rate", "3e-4"], "learning rate 1e-3": ["--learning-rate", "1e-3"],
+         "3e-4, twice the epochs": ["--learning-rate", "3e-4", "--epochs", "4"],
+         "1e-3, twice the epochs": ["--learning-rate", "1e-3", "--epochs", "4"]}
+
+
+def folder_name(row: str) -> str:
+    return re.sub(r"\W+", "-", row.lower()).strip("-")
+
+
+def jobs_of_seed(out: Path, seed: int, n_test: int) -> list[tuple]:
+    """[(file that ends the job, files it needs, command)] of one seed."""
+    home, s = out / f"seed{seed}", ["--seed", str(seed)]
+    data, held = home / "data" / "trajectories.jsonl", home / "held-out" / "trajectories.jsonl"
+    jobs = [(data, [], ["collect.py", "--run", data.parent, *s]),
+            (held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 60, "--k", 1, "--candidate-share", 0.3,
+                        "--seed", 500 + seed]),
+            (home / "held-out" / "rollout.jsonl", [held], [
+                "train_critic.py", "--run", held.parent, "--critic", "rollout", "--rollouts", 8,
+                "--preferences", home / "held-out" / "rollout.jsonl", *s])]
+
+    def evaluate(row, needs, *flags, n=n_test):
+        run = home / folder_name(row)
+        jobs.append((run / "metrics.json", needs, ["evaluate.py", "--run", run, "--n-tasks", n, "--seed", 1000 + seed, *flags]))
+
+    evaluate("zero-shot", [], "--policies", "base")
+    evaluate("single turn", [], "--policies", "base", "--max-turns", 1)
+    for row, flags in CRITICS.items():
+        run = home / folder_name(row)
+        jobs.append((run / "preferences.jsonl", [data], ["train_critic.py", "--run", run, "--trajectories", data, *flags, *s]))
+        jobs.append((run / "policy", [run / "preferences.jsonl"], ["train_policy.py", "--run", run, *s]))
+        evaluate(row, [run / "policy"], "--policies", run / "policy")
+    sweet = home / folder_name("SWEET")
+    jobs.append((sweet / "halves", [sweet / "preferences.jsonl"], ["train_policy.py", "--run", sweet, "--policy", sweet / "halves", *PAPER_POLICY, *s]))
+    evaluate("SWEET, the paper's policy settings", [sweet / "halves"], "--policies", sweet / "halves")
+    for row, algorithm in BASELINES.items():
+        run = home / folder_name(row)
+        jobs.append((run / "policy", [data], ["train_policy.py", "--run", run, "--trajectories", data, "--algorithm", algorithm, *s]))
+        evaluate(row, [run / "policy"], "--policies", run / "policy")
+    value = home / "value"
+    jobs.append((value / "preferences.jsonl", [data], ["train_critic.py", "--run", value, "--trajectories", data, "--critic", "value", *s]))
+    for row, flags in RANKERS.items():
+        run = home / folder_name(row)
+        critic = "untrained" if row == "untrained" else run / "critic"
+        needs = [held] if row == "untrained" else [held, run / "preferences.jsonl"]
+        jobs.append((home / "held-out" / f"{folder_name(row)}.jsonl", needs, [
+            "train_critic.py", "--run", run, "--trajectories", held, "--preferences", home / "held-out" / f"{folder_name(row)}.jsonl", *flags, *s]))
+        for n in BEST_OF:
+            evaluate(f"best of {n} by {row}", needs[1:], "--policies", "base", "--best-of", n, "--critic", critic, n=min(150, n_test))
+    return jobs
+
+
+def jobs_of_sweep(out: Path, n_test: int) -> list[tuple]:
+    """Seed 0, every method with the same number of settings, judged on train-split tasks that nothing was trained on."""
+    valid, data = out / "valid.jsonl", out / "data" / "trajectories.jsonl"
+    jobs = [(data, [], ["collect.py", "--run", data.parent])]
+    for name, flags in SWEEP.items():
+        for algorithm in ("sweet", *BASELINES.values()):
+            run = out / f"{algorithm}-{folder_name(name)}"
+            needs, first = [data], run / "preferences.jsonl"
+            if algorithm == "sweet":
+                jobs.append((out / "critic" / "preferences.jsonl", [data], ["train_critic.py", "--run", out / "critic", "--trajectories", data]))
+                needs, first = [out / "critic" / "preferences.jsonl"], out / "critic" / "preferences.jsonl"
+            jobs.append((run / "policy", needs, ["train_policy.py", "--run", run, "--trajectories", data, "--preferences", first,
+                                                 "--algorithm", algorithm, *flags]))
+            jobs.append((run / "metrics.json", [run / "policy"], ["evaluate.py", "--run", run, "--tasks", valid, "--n-tasks", n_test,
+                                                                  "--policies", run / "policy"]))
+    return list({job[0]: job for job in jobs}.values())
+
+
+def jobs_of_gate(out: Path, n_test: int) -> list[tuple]:
+    """Oracle labels instead of a critic's: the policy stage alone, against rejection fine-tuning on the same trajectories."""
+    valid, data = out / "valid.jsonl", out / "data" / "trajectories.jsonl"
+    jobs = [(data, [], ["collect.py", "--run", data.parent]),
+            (out / "oracle" / "preferences.jsonl", [data], [ROOT / "tests" / "study.py", "--out", out, "--oracle-labels"])]
+    for run, needs, flags in ((out / "oracle", [out / "oracle" / "preferences.jsonl"], []), (out / "rft", [data], ["--algorithm", "rft"])):
+        jobs.append((run / "policy", needs, ["train_policy.py", "--run", run, "--trajectories", data, *flags]))
+        jobs.append((run / "metrics.json", [run / "policy"], ["evaluate.py", "--run", run, "--tasks", valid, "--n-tasks", n_test,
+                                                              "--policies", run / "policy"]))
+    return jobs
+
+
+def run_jobs(jobs: list[tuple], workers: int) -> None:
+    """Run what is not done yet, each job as soon as its files are there. A job that fails ends the study with its last lines."""
+    done = {end for end, *_ in jobs if end.exists() and Path(f"{end}.done").exists()}
+    waiting, running, since = [job for job in jobs if job[0] not in done], {}, time.time()
+    print(f"{len(done)} of {len(jobs)} jobs are done")
+    with ThreadPoolExecutor(workers) as pool:
+        while waiting or running:
+            for job in [job for job in waiting if all(need in done for need in job[1])][:workers - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(run_job, job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, seconds = running.pop(future), future.result()
+                done.add(job[0])
+                print(f"[{(time.time() - since) / 60:5.1f} min] {len(done)}/{len(jobs)} {job[0]} ({seconds:.0f} s)", flush=True)
+
+
+def run_job(job: tuple) -> float:
+    end, _, command = job
+    since, env = time.time(), {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    if result.returncode or not end.exists():
+        raise SystemExit(f"{' '.join(map(str, command))}\nended with {result.returncode}:\n{result.stderr[-2000:]}")
+    Path(f"{end}.done").write_text(f"{time.time() - since:.0f} s: {' '.join(map(str, command))}\n")
+    return time.time() - since
+
+
+# ---- what came out --------------------------------------------------------------------------------------------------
+
+
+def success_of(path: Path) -> float | None:
+    if not path.exists():
+        return None
+    [policy] = json.loads(path.read_text())["policies"].values()
+    return policy["fixed"]["success"]
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % interval over seeds by Student's t."""
+    if len(values) < 2:
+        return f"{values[0]:6.1%}" if values else ""
+    t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}.get(len(values) - 1, 2.0)
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):6.1%} ± {half:.1%}"
+
+
+def label(task: dict, messages: list[dict], candidate: str) -> float:
+    """The oracle of the mini benchmark: 1 for a question about a detail of the task that was not told yet and for the right answer
+    once all are told, else 0."""
+    details = dict(re.findall(r"# (\w+)()", task["ground_truth"]))
+    told = {name for m in messages if m["role"] == "user" for name in re.findall(r"The (\w+) is \d+\.", m["content"])}
+    if "I WANT TO ANSWER" in candidate:
+        lines = lambda code: {line.split("#")[0].strip() for line in code.splitlines() if re.match(r"\s+total [-+]=", line)}  # noqa: E731
+        return float(lines(candidate) == lines(task["ground_truth"]) and told >= set(details))
+    asked = re.search(r"the (\w+)", candidate)
+    return float(bool(asked) and asked[1] in details and asked[1] not in told)
+
+
+def write_oracle_labels(out: Path) -> None:
+    from colbench.dialogue import states_with_candidates
+    from colbench.files import append_jsonl, write_aside
+    from colbench.tasks import load_trajectories
+
+    def write(temporary):
+        for state in states_with_candidates(load_trajectories(out / "data" / "trajectories.jsonl"), ""):
+            task = state.pop("task")
+            append_jsonl(temporary, state | {"advantages": [label(task, state["messages"], c) for c in state["candidates"]]})
+    write_aside(out / "oracle" / "preferences.jsonl", write)
+
+
+def agreement(path: Path, truth_path: Path) -> tuple[float, float] | None:
+    """(mean rank correlation within a state, share of the critic's top half that lies in the truth's top half), over held-out
+    states at which the rollouts differ."""
+    if not (path.exists() and truth_path.exists()):
+        return None
+    rows = [{(r["id"], r["sample"], r["turn"]): r for r in map(json.loads, open(p))} for p in (path, truth_path)]
+    correlations, halves = [], []
+    for key, row in rows[0].items():
+        a, b = row["advantages"], rows[1][key]["advantages"]
+        if len(a) > 2 and len(set(b)) > 1 and len(set(a)) > 1:
+            correlations.append(statistics.correlation(ranks(a), ranks(b)))
+            middle, top = statistics.median(b), sorted(range(len(a)), key=lambda k: -a[k])[:len(a) // 2]
+            halves.append(sum(1.0 if b[k] > middle else 0.5 if b[k] == middle else 0.0 for k in top) / len(top))
+    return statistics.mean(correlations), statistics.mean(halves)
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Ranks, ties at their mean."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def write_table(out: Path, seeds: list[int]) -> None:
+    rows = ["single turn", "zero-shot", *BASELINES, *CRITICS, "SWEET, the paper's policy settings"]
+    rows += [f"best of {n} by {row}" for n in BEST_OF for row in RANKERS]
+    text = ["| row | success on held-out mini tasks | difference to SWEET, paired over seeds | seeds |", "|---|---|---|---|"]
+    found = {row: {s: v for s in seeds if (v := success_of(out / f"seed{s}" / folder_name(row) / "metrics.json")) is not None} for row in rows}
+    for row, values in found.items():
+        differences = [values[s] - found["SWEET"][s] for s in values if s in found["SWEET"] and row != "SWEET" and "best of" not in row]
+        text.append(f"| {row} | {interval(list(values.values()))} | {interval(differences)} | "
+                    f"{', '.join(f'{v:.1%}' for v in values.values())} |")
+    text += ["", "| critic | rank correlation with Monte-Carlo rollouts | its top half in theirs |", "|---|---|---|"]
+    for row in RANKERS:
+        held = [agreement(out / f"seed{s}" / "held-out" / f"{folder_name(row)}.jsonl", out / f"seed{s}" / "held-out" / "rollout.jsonl") for s in seeds]
+        held = [value for value in held if value]
+        text.append(f"| {row} | {interval([a for a, _ in held])} | {interval([b for _, b in held])} |")
+    (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    print("\n".join(text))
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no figures: pip install matplotlib, then --table")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def line(axes, name, xs, columns):
+        means = [statistics.mean(c.values()) for c in columns]
+        errors = [2.776 * statistics.stdev(c.values()) / math.sqrt(len(c)) if len(c) > 1 else 0 for c in columns]
+        axes.errorbar(xs, means, errors, marker="o", capsize=3, label=name)
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    for row in RANKERS:
+        columns = [found["zero-shot"], *(found[f"best of {n} by {row}"] for n in BEST_OF)]
+        if all(columns):
+            line(axes, row, [1, *BEST_OF], columns)
+    axes.set(xscale="log", xticks=[1, *BEST_OF], xlabel="N messages sampled a turn", ylabel="success")
+    axes.set_xticklabels([1, *BEST_OF])
+    axes.legend(title="best of N by")
+    figure.savefig(out / "best_of_n.png", dpi=120)
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    columns = [found[row] for row in ("a quarter of the trajectories", "half of the trajectories", "SWEET")]
+    if all(columns):
+        line(axes, "SWEET", [TRAJECTORIES // 4, TRAJECTORIES // 2, TRAJECTORIES], columns)
+    for row in ("zero-shot", *BASELINES):
+        if found[row]:
+            axes.axhline(statistics.mean(found[row].values()), linestyle=":", label=row, color=f"C{1 + ['zero-shot', *BASELINES].index(row)}")
+    axes.set(xlabel="trajectories", ylabel="success")
+    axes.legend()
+    figure.savefig(out / "scaling.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--n-test", type=int, default=300, help="held-out tasks an evaluation (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="scripts at once (default: all cores)")
+    for flag in ("--table", "--gate", "--sweep", "--oracle-labels"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS if flag == "--oracle-labels" else "see above")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    if args.oracle_labels:
+        return write_oracle_labels(args.out)
+    if args.gate or args.sweep:
+        args.out.mkdir(parents=True, exist_ok=True)
+        made = subprocess.run([sys.executable, "-m", "colbench.mini", "--split", "train", "--seed", "1", "--n", str(args.n_test)],
+                              cwd=ROOT, check=True, capture_output=True)
+        (args.out / "valid.jsonl").write_bytes(made.stdout)
+        run_jobs((jobs_of_gate if args.gate else jobs_of_sweep)(args.out, args.n_test), args.workers)
+        for path in sorted(args.out.glob("*/metrics.json")):
+            print(f"{path.parent.name:50} {success_of(path):6.1%}")
+        return
+    seeds = list(range(args.seeds))
+    if not args.table:
+        run_jobs([job for seed in seeds for job in jobs_of_seed(args.out, seed, args.n_test)], args.workers)
+    write_table(args.out, seeds)
+
+
+if __name__ == "__main__":
+    main()
