@@ -224,8 +224,8 @@ def test_messages_that_reach_beyond_the_context_are_left_out(collected, tmp_path
 
 # ---- errors of the machine ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("error, says", [
-    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "Tried 2 GiB"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--tokens-per-step"),
+    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory: lower it"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory: lower it"),
     (OSError(27, "File too large"), "File too large"),
     (RuntimeError("I/O error: No space left on device (os error 28)"), "No space"),
 ])
@@ -233,7 +233,7 @@ def test_what_the_machine_lacks_is_one_line(error, says, capsys):
     def main():
         raise error
     with pytest.raises(SystemExit) as left:
-        run_main(main)
+        run_main(main, out_of_memory="lower it")
     words = capsys.readouterr().err
     assert left.value.code == 2 and words.startswith("error: ") and words.count("\n") == 1 and says in words
 
