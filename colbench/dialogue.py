@@ -58,7 +58,7 @@ def states_with_candidates(trajectories: list[dict], agent_prompt: str) -> list[
 
 
 def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, n_candidates=16, candidate_share=0.0,
-         temperature=1.0, max_new_tokens=1024, parallel=64, seed=0, done=None, choose=None):
+         temperature=1.0, max_new_tokens=1024, parallel=64, seed=0, done=None, choose=None, final_page=None):
     """Play many dialogues at once; yields lists of finished episodes, in the order in which they end.
 
     A task with "start" (a dialogue that ends with the human's message) is played on from there.
@@ -69,6 +69,7 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
     candidate to play (best-of-N); that one then comes first.
     An error of agent or human ends that dialogue with outcome "simulation_failed" and touches no other; "error" says why.
     An episode is a line of trajectories.jsonl but for the scores.
+    final_page: in Frontend Design the answer is not a text behind the marker but what this makes of the dialogue: its last page.
     done: {(task id, sample): episode} of what an interrupted run has finished. These are not played and not yielded; but where all
     is local they are followed from turn to turn, and sampled anew beside one that is missing. So that one meets the batches it
     would have met without the interruption, and is the same to the last bit; it costs at most `max_turns` batches.
@@ -100,13 +101,16 @@ def play(agent, human, todo, *, agent_prompt=AGENT_PROMPT, max_turns=MAX_TURNS, 
             if id(episode) in records:
                 _follow(episode, records[id(episode)])
             else:
-                _agent_turn(agent, episode, prompt, messages, max_turns)
+                _agent_turn(agent, episode, prompt, messages, max_turns, final_page)
 
         asking = [episode for episode in active if episode["outcome"] is None]
         human_seeds = [seed_of(seed, e["id"], e["sample"], len(e["dialogue_history"]), "human") for e in asking]
         histories = [prompt_messages("", e["dialogue_history"])[1:] for e in asking]
         texts = human.reply([e["task"] for e in asking], histories, human_seeds) if asking and missing else asking
-        for episode, text, leaked in zip(asking, texts, human.leaked if asking and missing else asking):
+        notes = getattr(human, "notes", None) if missing else None  # what else is kept about an agent's message: its screenshot
+        for i, (episode, text, leaked) in enumerate(zip(asking, texts, human.leaked if asking and missing else asking)):
+            if notes and id(episode) not in records:
+                episode["dialogue_history"][-1] |= notes[i]
             if id(episode) in records:
                 place = len(episode["dialogue_history"])
                 episode["dialogue_history"].append(records[id(episode)]["dialogue_history"][place])
@@ -137,7 +141,7 @@ def _follow(episode: dict, record: dict) -> None:
         episode["outcome"] = record["outcome"]
 
 
-def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_turns: int) -> None:
+def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_turns: int, final_page) -> None:
     """Put the agent's message (the first of `messages`) into the episode and end the episode if it is an answer."""
     error = next((message for message in messages if isinstance(message, Exception)), None)
     if error is not None:
@@ -154,6 +158,8 @@ def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_tu
     episode["answer"] = answer_of(content, turns == max_turns)
     if episode["answer"] is not None:
         episode["outcome"] = "answered" if MARKER in content else "limit"
+        if final_page:
+            episode["answer"] = final_page(episode["dialogue_history"]) or ""
 
 
 def keep_sound(batches, servers, window: int = 50):

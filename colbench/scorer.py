@@ -212,7 +212,9 @@ class Scorer:
 
 
 def share(result, mode="fixed"):
-    """Share of the calls passed, 0 to 1; 0.0 for a task without calls. `mode`: "fixed" or "official"."""
+    """Share of the calls passed, 0 to 1; 0.0 for a task without calls. `mode`: "fixed" or "official". Of a page: its similarity."""
+    if "similarity" in result:
+        return result["similarity"]
     return result[mode]["passed"] / max(result[mode]["total"], 1)
 
 

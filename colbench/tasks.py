@@ -1,7 +1,8 @@
-"""Backend Programming tasks and trajectories in the published format: from a path, the hub or the mini benchmark."""
+"""Tasks and trajectories in the published format: from a path, the hub or the bundled benchmarks."""
 import ast
 import hashlib
 import json
+import re
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -15,25 +16,32 @@ FAILED = "simulation_failed"  # the outcome of a dialogue that an error of agent
 MINI_SIZES = {"train": 1000, "test": 300}  # tasks of `mini:train` and `mini:test` when no limit is given
 
 
-def load_tasks(source, limit=None):
+def load_tasks(source, limit=None, pages=False):
     """The first `limit` (None: all) tasks of `source`: [{"id", "problem_description", "ground_truth", "test_cases"}].
 
     `test_cases` is {name: call}, whether the file holds a dict or the JSON or Python text of one. `id` is the file's
     own if it is a text, else twelve hex digits of the description and the reference: equal tasks have equal ids.
-    Other fields (`hidden_information` repeats the reference) are dropped.
+    Other fields (`hidden_information` repeats the reference) are dropped. pages: Frontend Design, where `ground_truth` is a page
+    and there are no test cases.
 
-    source: a .jsonl path; `mini:train` or `mini:test`; on the Hugging Face hub `owner/dataset:test`, `:train` or
+    source: a .jsonl path; `mini:train` or `mini:test` (pages: `pages:train` or `pages:test`); on the Hugging Face hub `owner/dataset:test`, `:train` or
     `:path/in/the/dataset.jsonl`, or `hf://datasets/owner/dataset/path.jsonl`.
     UserError, naming file, line and field, for anything that cannot be a task; all lines up to the limit are checked.
     """
-    if str(source).startswith("mini:"):
+    if str(source).startswith("pages:") and pages:
+        from colbench.frontend.pages import SIZES, page_tasks
+        split = str(source)[len("pages:"):]
+        if split not in SIZES:
+            raise UserError(f"{source}: the bundled pages are pages:train and pages:test")
+        return page_tasks(split, SIZES[split] if limit is None else limit)
+    if str(source).startswith("mini:") and not pages:
         from colbench.mini import mini_tasks
         split = str(source)[len("mini:"):]
         if split not in MINI_SIZES:
             raise UserError(f"{source}: the mini benchmark has mini:train and mini:test")
         return mini_tasks(split, MINI_SIZES[split] if limit is None else limit)
     path = local_path(source)
-    tasks = [_task(row, f"{path}:{number}") for number, row in islice(numbered_rows(path), limit)]
+    tasks = [_task(row, f"{path}:{number}", pages) for number, row in islice(numbered_rows(path), limit)]
     if not tasks:
         raise UserError(f"{path}: no tasks in it")
     return tasks
@@ -57,7 +65,7 @@ def load_trajectories(source, limit=None):
         where = f"{path}:{number}"
         if not isinstance(row["task"], dict):
             raise UserError(f"{where}: task: an object is wanted, this is a {type(row['task']).__name__}")
-        task = _task(row["task"], f"{where}: task")
+        task = _task(row["task"], f"{where}: task", pages="test_cases" not in row["task"] and is_page(row["task"].get("ground_truth")))
         if isinstance(row.get("id"), str):
             task["id"] = row["id"]
         broke_off = failed(row)
@@ -133,7 +141,12 @@ def local_path(source, split="test"):
     return download(dataset, HUB_FILES.get(file or split, file), source)
 
 
-def _task(row, where):
+def is_page(text):
+    """Whether a reference is a page (Frontend Design) and no program."""
+    return isinstance(text, str) and re.search(r"<\s*(html|head|body|div|link)\b", text, re.IGNORECASE) is not None
+
+
+def _task(row, where, pages=False):
     texts = {}
     for field in ("problem_description", "ground_truth"):
         value = row.get(field)
@@ -141,6 +154,13 @@ def _task(row, where):
             problem = "missing" if value is None else "empty" if isinstance(value, str) else "not a text"
             raise UserError(f"{where}: {field}: {problem}")
         texts[field] = value
+    name = row.get("id")
+    if not isinstance(name, str) or not name:
+        name = hashlib.sha256("\n".join(texts.values()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    if pages:
+        if not is_page(texts["ground_truth"]):
+            raise UserError(f"{where}: ground_truth: not a page (HTML is wanted with --env frontend)")
+        return {"id": name, **texts}
     try:
         _python(ast.parse, texts["ground_truth"], "not Python")
     except ValueError as error:
@@ -151,9 +171,6 @@ def _task(row, where):
         test_cases = parse_test_cases(row["test_cases"])
     except ValueError as error:
         raise UserError(f"{where}: test_cases: {error}") from None
-    name = row.get("id")
-    if not isinstance(name, str) or not name:
-        name = hashlib.sha256("\n".join(texts.values()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return {"id": name, **texts, "test_cases": test_cases}
 
 

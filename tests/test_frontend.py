@@ -1,0 +1,465 @@
+"""Frontend Design without a browser where none is needed: protocol, tasks, rewards, reviewer, vision models; with one: the reviewer's sight."""
+import base64
+import io
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from colbench.dialogue import play
+from colbench.files import UserError
+from colbench.frontend import humans
+from colbench.frontend.browser import Picture, Renderer
+from colbench.frontend.environment import load_opponent, win_rate
+from colbench.frontend.humans import LONGEST_REPLY, MOST_PIXELS, PageHuman, Scripted, Watcher, make_page_human
+from colbench.frontend.pages import BUSINESSES, DETAILS, compose, edits, expand, page_tasks
+from colbench.frontend.protocol import extract, final_page, page_shown
+from colbench.frontend.reviewer import NOTHING, SAME, align, colour, review
+from colbench.frontend.reward import Clip, Pixels, make_measure, preprocess
+from colbench.server import Reply, ServerChat
+from colbench.tasks import load_tasks, load_trajectories
+
+ROOT = Path(__file__).parent.parent
+
+
+# ------------------------------------------------------------------------------------------------------------ protocol
+
+PAGE = '<html class="a">\n<body>one</body></html>'
+
+
+@pytest.mark.parametrize("message, page", [
+    (f"Here: {PAGE} and {PAGE.replace('one', 'two')}", PAGE),  # the first one
+    (f"<!DOCTYPE html>\n{PAGE}", PAGE),  # quirks mode
+    ("<html><body>never closed</body>", "<body>never closed</body>"),  # then its body is the page
+    ("<html><body>never closed", None), ("no page", None), ("<HTML><BODY>x</BODY></HTML>", None),
+    ("I use the <html> tag: <html><body>x</body></html>", "<html> tag: <html><body>x</body></html>"),
+    ("<head><link></head><body>x</body>", "<body>x</body>"),  # loses its head
+    ('<html><img src="https://source.unsplash.com/random/30x20/?cat,dog"></html>',
+     '<html><img src="https://picsum.photos/id/48/30/20,dog"></html>'),
+    ('<html><img src="https://picsum.photos/30/20"><img src="https://picsum.photos/id/7/3/2"></html>',
+     '<html><img src="https://picsum.photos/id/48/30/20"><img src="https://picsum.photos/id/7/3/2"></html>'),
+])
+def test_published_extraction(message, page):
+    assert extract(message) == page
+
+
+@pytest.mark.parametrize("message, page", [
+    (f"{PAGE.replace('one', 'two')} better: {PAGE}", PAGE), ("<HTML><BODY>x</BODY></HTML>", "<HTML><BODY>x</BODY></HTML>"),
+    ("```html\n<html><body>cut off\n```", "<html><body>cut off\n"), ("<head><link></head><body>x</body>", "<head><link></head><body>x</body>"),
+    ("no page", None),
+])
+def test_tolerant_extraction(message, page):
+    assert extract(message, "tolerant") == page
+
+
+class Says:
+    """An agent that reads its messages from a list."""
+
+    def __init__(self, *messages):
+        self.messages = list(messages)
+
+    def sample(self, conversations, seeds, **_):
+        return [[Reply(self.messages.pop(0), 1)] for _ in conversations]
+
+
+class Hears:
+    """A human that keeps what it was shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def reply(self, tasks, histories, seeds):
+        self.leaked, self.notes = [False], [{"screenshot": f"{len(self.seen)}.png"}]
+        self.seen += [page_shown(history) for history in histories]
+        return ["more red"]
+
+
+def episode(*messages, max_turns=10):
+    human = Hears()
+    task = {"id": "a", "problem_description": "a page", "ground_truth": "<html></html>"}
+    batches = play(Says(*messages), human, [(task, 0)], max_turns=max_turns, final_page=final_page)
+    return [e for batch in batches for e in batch][0], human.seen
+
+
+def test_answer_is_the_last_page_shown():
+    first, second = "<html>1</html>", "<html>2</html>"
+    done, seen = episode(f"thinking <html>0</html> OUTPUT:\n{first}", "OUTPUT: no page", f"OUTPUT: I WANT TO ANSWER: {second} OUTPUT: x")
+    assert (done["answer"], done["outcome"], seen) == (second, "answered", [first, None])
+    assert [m.get("screenshot") for m in done["dialogue_history"]] == [None, "0.png", None, "1.png", None, None]
+    assert episode(first, "I WANT TO ANSWER: done")[0]["answer"] == first  # an answer without a page keeps the one before
+    # the marker counts behind OUTPUT: only
+    done, seen = episode(f"I WANT TO ANSWER: OUTPUT: {first}", second, max_turns=2)
+    assert (done["answer"], done["outcome"], seen) == (second, "limit", [first])
+    assert episode("nothing", max_turns=1)[0]["answer"] == ""
+
+
+def test_page_language():
+    request = page_tasks("train", 1)[0]["problem_description"]
+    business = next(name for name in BUSINESSES if name in request)
+    said = ["columns 3\nmenu: left", "nonsense 4\ncolumns 7", "columns 2\nbutton red"]
+    history = [{"role": "user", "content": request}]
+    assert expand(history) is None
+    for text in said:
+        history += [{"role": "assistant", "content": text}, {"role": "user", "content": "button green"}]
+    assert expand(history) == compose(business, {"columns": "2", "menu": "left", "button": "red"}) == final_page(history, "edits")
+    assert edits(said[1]) == {} and page_shown(history[:4], "edits") is None and page_shown(history[:6], "edits") == expand(history)
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_bundled_tasks():
+    train, test = load_tasks("pages:train", pages=True), load_tasks("pages:test", pages=True)
+    assert (len(train), len(test)) == (400, 200)
+    assert load_tasks("pages:train", 5, pages=True) == train[:5] == page_tasks("train", 5)
+    pages = [{task["ground_truth"] for task in split} for split in (train, test)]
+    assert not pages[0] & pages[1] and len(pages[0]) > 380
+    # the request settles none of the details: each occurs with pages of every value
+    assert all({"problem_description", "ground_truth", "id"} == set(task) for task in train)
+    assert len({task["problem_description"] for task in train}) == len(BUSINESSES)
+
+
+def test_published_format(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    rows = [{"problem_description": "a page", "ground_truth": PAGE}, {"problem_description": "a page", "ground_truth": PAGE + "<p>", "id": "x"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = load_tasks(path, pages=True)
+    assert [task["id"] for task in tasks] == [tasks[0]["id"], "x"] and len(tasks[0]["id"]) == 12
+    for row, words in (({"problem_description": "a"}, "ground_truth: missing"), ({"problem_description": 3, "ground_truth": PAGE}, "not a text"),
+                       ({"problem_description": "a", "ground_truth": "def f(): pass"}, "not a page")):
+        path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=f"tasks.jsonl:2: .*{words}"):
+            load_tasks(path, pages=True)
+    trajectory = {"task": rows[0], "dialogue_history": [{"role": "user", "content": "a page"}, {"role": "assistant", "content": PAGE}]}
+    path.write_text(json.dumps(trajectory) + "\n")
+    assert load_trajectories(path)[0]["task"]["ground_truth"] == PAGE
+    with pytest.raises(UserError, match="test_cases: missing"):
+        load_tasks(_write(path, {"problem_description": "a", "ground_truth": "def f(): pass"}))
+
+
+def _write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_websight_by_one_command(tmp_path):
+    pytest.importorskip("datasets")
+    rows = [{"text": f'<html>{i}<img src="https://picsum.photos/3/2"></html>', "llm_generated_idea": f"idea {i}", "image": "x"} for i in range(7)]
+    (tmp_path / "source").mkdir()
+    _write(tmp_path / "source" / "train.jsonl", *rows)
+
+    def command(n):
+        return subprocess.run([sys.executable, "-m", "colbench.frontend.tasks", "--source", tmp_path / "source", "--n", str(n),
+                               "--output", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
+    done = command(3)
+    assert done.returncode == 0, done.stderr
+    test = load_tasks(tmp_path / "out" / "test.jsonl", pages=True)
+    assert [task["problem_description"] for task in test] == ["idea 3", "idea 4", "idea 5"]
+    assert test[0]["ground_truth"] == '<html>3<img src="https://picsum.photos/id/48/3/2"></html>'
+    done = command(5)
+    assert done.returncode == 2 and "too few rows" in done.stderr and "Traceback" not in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- reward
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A CLIP with random weights in the hub's format: it runs the real loading code, its numbers mean nothing."""
+    from transformers import CLIPConfig, CLIPModel
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    config = CLIPConfig(vision_config=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                                           patch_size=32, projection_dim=32), text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                                                            num_attention_heads=2, vocab_size=100), projection_dim=32)
+    CLIPModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    """Real pages: a reference, a light and a heavy edit of it, for five businesses."""
+    with Renderer(tmp_path_factory.mktemp("shots"), layout=True) as renderer:
+        rows = []
+        for business in list(BUSINESSES)[:5]:
+            base = {"columns": "3", "picture": "left", "background": "white"}
+            heavy = base | {"background": "dark", "picture": "none", "columns": "1", "menu": "left", "form": "three"}
+            rows.append(renderer.render([compose(business, d) for d in (base, base | {"button": "red"}, heavy)]))
+        yield rows
+
+
+def test_clip_gives_the_numbers_of_the_library(tiny_clip, shots):
+    from transformers import CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    paths = [picture.path for row in shots for picture in row]
+    images = [Image.open(path).convert("RGB") for path in paths] + [Image.new("RGB", (224, 224), "black")]
+    pixels = CLIPImageProcessorPil()(images, return_tensors="pt")["pixel_values"]
+    np.testing.assert_array_equal(np.stack([preprocess(image) for image in images]), pixels.numpy())
+    with torch.no_grad():
+        wanted = CLIPModel.from_pretrained(tiny_clip).get_image_features(pixel_values=pixels)
+        wanted = getattr(wanted, "pooler_output", wanted)
+        wanted = torch.nn.functional.normalize(wanted, dim=-1)
+    clip = Clip(tiny_clip, device="cpu", batch_size=4)
+    np.testing.assert_allclose(clip.embed([*paths, None]), wanted.numpy(), atol=2e-5)
+    got = clip.similarities([(paths[0], paths[0]), (None, paths[0]), (paths[1], paths[2])])
+    np.testing.assert_allclose(got, [1, wanted[-1] @ wanted[0], wanted[1] @ wanted[2]], atol=2e-5)
+    assert tiny_clip in clip.name  # never under the name of the real one
+
+
+def test_no_clip_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="--measure pixels") as error:
+        make_measure(str(tmp_path / "nothing"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pixels", "clip"])
+def test_heavier_edits_score_lower(name, tiny_clip, shots):
+    measure = make_measure("pixels" if name == "pixels" else tiny_clip, "cpu")
+    for same, light, heavy in shots:
+        a, b, c, d = measure.similarities([(same.path, same.path), (light.path, same.path), (heavy.path, same.path), (None, same.path)])
+        assert a == pytest.approx(1, abs=1e-5) and a > b > c, (a, b, c)
+        assert d < b
+
+
+def test_pixel_measure_by_hand(tmp_path):
+    def save(name, *boxes, size=(80, 80)):
+        image = Image.new("RGB", size, "white")
+        for colour_, box in boxes:
+            image.paste(colour_, box)
+        image.save(tmp_path / name)
+        return tmp_path / name
+    white, gray = save("white.png"), save("gray.png", ("#cccccc", (0, 0, 80, 40)))
+    # half of the cells differ by 51/255 = 0.2, so the mean is 0.1 and colour 0.8; no cell of either has any detail
+    assert Pixels().similarities([(gray, white)])[0] == pytest.approx(0.5 * 0.8 + 0.5)
+    assert Pixels().similarities([(white, save("taller.png", size=(80, 160)))])[0] == 1  # white below white
+    assert Pixels().similarities([(None, white)])[0] == pytest.approx(0.5 * 0 + 0.5)  # black against white, both without detail
+    assert Pixels().name == "pixel similarity"
+
+
+# ------------------------------------------------------------------------------------------------------------ reviewer
+
+
+@pytest.fixture(scope="module")
+def look(tmp_path_factory):
+    with Renderer(tmp_path_factory.mktemp("looks"), layout=True) as renderer:
+        yield lambda *pages: [picture.layout for picture in renderer.render(pages)]
+
+
+@pytest.mark.parametrize("edit, words", [
+    ({"background": "blue"}, "background should be pale blue, not white"), ({"background": "dark"}, "background should be dark gray"),
+    ({"menu": "left"}, "navigation bar should be a sidebar on the left"), ({"headline": "centre"}, "headline should be centred"),
+    ({"picture": "right"}, "one picture, on the right"), ({"picture": "wide"}, "one picture, over the whole width"),
+    ({"columns": "2"}, "2 columns, not 1"), ({"button": "red"}, "button should be red, not blue"), ({"form": "three"}, "3 input fields"),
+])
+def test_reviewer_names_the_edit_that_was_made(look, edit, words):
+    mine, wanted = look(compose("Oak Hall", {}), compose("Oak Hall", edit))
+    text = review(mine, wanted)
+    assert words in text
+    assert review(wanted, wanted) == SAME and text.count(".") <= 3 and "<" not in text and "bg-" not in text
+    assert text == review(mine, wanted)
+    assert review(None, wanted) == NOTHING
+
+
+SHEET = '<link href="https://cdn.jsdelivr.net/npm/tailwindcss@2.2.19/dist/tailwind.min.css" rel="stylesheet">'
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("text-4xl", "text-xl", "headline should be smaller"), ("Our shop", "Fine wines", 'headline should read "Fine wines"'),
+    ("font-serif", "font-sans", "font without serifs"), ("text-black", "text-red-600", "headline should be red"),
+    ("<footer", "<div hidden", "no footer"), ("<tr><td>2</td></tr>", "", "one row, not 2"), ("500/300", "200/120", "picture should be smaller"),
+    ("<img", "<img src=https://picsum.photos/id/48/500/300><img", "2 pictures, not 1"), ('<a href="#">Two</a>', "", "one link, not 2"),
+])
+def test_reviewer_on_a_page_of_another_kind(look, old, new, words):
+    page = (f'<html>{SHEET}<body class="font-serif"><header class="p-4"><h1 class="text-4xl text-black">Our shop</h1><a href="#">One</a>'
+            '<a href="#">Two</a></header><section class="p-8"><img src="https://picsum.photos/id/48/500/300"><p>We sell many things that '
+            'you may want to have.</p><table><tr><td>1</td></tr><tr><td>2</td></tr></table></section><footer class="bg-blue-800 text-white '
+            'p-6">The end of it</footer></body></html>')
+    assert old in page
+    assert words in review(*look(page, page.replace(old, new)))
+
+
+def test_bands_are_matched_by_what_they_are():
+    def band(text, kind="section"):
+        return {"text": text, "kind": kind, "columns": 1, "pictures": 0}
+    a, b, c, d = band("Welcome to us"), band("Prices"), band("Contact"), band("(c) us", "footer")
+    assert align([a, c, d], [a, b, c, d]) == [(a, a), (None, b), (c, c), (d, d)]
+    assert align([a, b], []) == [(a, None), (b, None)] and align([], []) == []
+
+
+def test_names_of_colours():
+    names = {(255, 255, 255): "white", (0, 0, 0): "black", (243, 244, 246): "very light gray", (31, 41, 55): "dark gray",
+             (191, 219, 254): "pale blue", (37, 99, 235): "blue", (30, 58, 138): "dark blue", (220, 38, 38): "red", (5, 150, 105): "dark green",
+             (255, 251, 235): "very pale yellow", (245, 158, 11): "orange", (124, 58, 237): "purple"}
+    assert {rgb: colour(rgb) for rgb in names} == names
+
+
+def test_page_human(tmp_path):
+    with Renderer(tmp_path / "shots", layout=True) as renderer:
+        human = make_page_human("scripted", renderer, page_shown)
+        tasks = [{"ground_truth": compose("Oak Hall", {"background": "blue"})}] * 3 + [{"ground_truth": "x" * 3_000_000}]
+        shown = [compose("Oak Hall", {}), "no page", "<html>" + "x" * 3_000_000 + "</html>", compose("Oak Hall", {})]
+        texts = human.reply(tasks, [[{"role": "assistant", "content": page}] for page in shown], range(4))
+        assert "pale blue" in texts[0] and texts[1] == texts[2] == NOTHING
+        assert isinstance(texts[3], RuntimeError) and "larger than" in str(texts[3])
+        assert (tmp_path / human.notes[0]["screenshot"]).exists()
+        assert human.notes[1] == {} and "larger than" in human.notes[2]["not_rendered"] and human.leaked == [False] * 4
+        with pytest.raises(UserError, match="sees no pictures"):
+            make_page_human("self", renderer, page_shown)
+
+
+# ------------------------------------------------------------------------------------------------------- vision models
+
+
+@pytest.fixture()
+def server():
+    """A real HTTP server that speaks the protocol. `replies`: (status, text) or "hang", in turn; the last one stays."""
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self._send(200, {"object": "list", "data": [{"id": "watcher", "object": "model"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            content = body["messages"][0]["content"]
+            if isinstance(content, str):  # the check at the start
+                return self._send(200, _completion("x"))
+            server.requests.append(body)
+            reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+            if reply == "hang":
+                server.released.wait(20)
+                return self.close_connection
+            status, text = reply
+            self._send(status, _completion(text) if status == 200 else {"error": {"message": text}})
+
+        def _send(self, status, row):
+            data = json.dumps(row).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.replies, server.released = [], [(200, "more red")], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+def _completion(text):
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "watcher", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+
+
+class Album:
+    """Stands where a renderer does: every "page" is the path of a picture."""
+
+    def __init__(self, layout=False):
+        pass
+
+    def render(self, pages):
+        return [Picture(Path(page), None, None) if page else Picture(None, "no page", None) for page in pages]
+
+
+@pytest.fixture()
+def album(tmp_path):
+    Image.new("RGB", (1366, 768), "red").save(tmp_path / "mine.png")
+    Image.new("RGB", (1366, 9000), "blue").save(tmp_path / "wanted.png")
+    return str(tmp_path / "mine.png"), {"ground_truth": str(tmp_path / "wanted.png")}
+
+
+def ask(human, *shown, task):
+    return human.reply([task] * len(shown), [[{"role": "assistant", "content": page or ""}] for page in shown], range(len(shown)))
+
+
+def shown(history):
+    return history[-1]["content"] or None
+
+
+def test_what_the_server_gets(server, album):
+    server.replies = [(200, "<think>hm</think>" + "x" * 1500)]
+    human = make_page_human(server.url, Album(), shown)
+    assert ask(human, album[0], None, task=album[1]) == ["x" * LONGEST_REPLY] * 2
+    with_picture, without = sorted(server.requests, key=lambda body: -len(body["messages"][0]["content"]))
+    assert with_picture["temperature"] == 0 and with_picture["model"] == "watcher" and len(with_picture["messages"]) == 1
+    pictures = [Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split("base64,")[1])))
+                for part in with_picture["messages"][0]["content"] if part["type"] == "image_url"]
+    assert [picture.getpixel((5, 5)) for picture in pictures] == [(255, 0, 0), (0, 0, 255)]  # the agent's first
+    assert pictures[0].size == (1366, 768)
+    assert 0.99 * MOST_PIXELS < pictures[1].width * pictures[1].height <= MOST_PIXELS  # scaled
+    assert pictures[1].width / pictures[1].height == pytest.approx(1366 / 9000, rel=0.01)
+    parts = [part.get("text") for part in without["messages"][0]["content"]]
+    assert humans.NONE in parts and sum(part is None for part in parts) == 1
+
+
+def test_errors_of_the_server_end_only_that_dialogue(server, album):
+    human = PageHuman(Album(), shown, Watcher(ServerChat(server.url, "watcher", timeout=1, max_retries=1, concurrency=1)))
+    server.replies = [(400, "the prompt is too long"), (500, "oops"), (500, "oops"), (200, "fine")]
+    bad, broken, fine = ask(human, album[0], album[0], album[0], task=album[1])
+    assert "too long" in str(bad) and "oops" in str(broken) and fine == "fine"
+    assert isinstance(bad, Exception) and isinstance(broken, Exception)
+    assert len(server.requests) == 4  # a 400 is sent once, a 500 again
+    server.replies = ["hang", "hang", (200, "fine")]
+    late, fine = ask(human, album[0], album[0], task=album[1])
+    assert isinstance(late, Exception) and "timed out" in str(late).lower() and fine == "fine"
+    task = {"id": "a", "problem_description": "a page", **album[1]}
+    server.replies = [(400, "no")]
+    done = [e for batch in play(Says(album[0]), human, [(task, 0)], final_page=shown) for e in batch][0]
+    assert done["outcome"] == "simulation_failed" and done["error"].startswith("human: ") and "reward" not in done
+
+
+def test_local_vision_model(tmp_path, album):
+    """A Llava of random weights, saved as on the hub: the real loading, template, pictures and decoding."""
+    from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "colbench" / "tiny")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = ("{% for m in messages %}<|user|>{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}"
+                "{% endif %}{% endfor %}{% endfor %}<|assistant|>")
+    processor = LlavaProcessor(CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}), tokenizer,
+                               patch_size=32, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=32),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                max_position_embeddings=4096), image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1))
+    model.save_pretrained(tmp_path / "vision")
+    processor.save_pretrained(tmp_path / "vision")
+    human = make_page_human(str(tmp_path / "vision"), Album(), shown)
+    texts = ask(human, album[0], None, task=album[1])
+    assert all(isinstance(text, str) and text for text in texts) and len(texts[0]) <= LONGEST_REPLY
+    assert texts == ask(human, album[0], None, task=album[1])
+    with pytest.raises(UserError, match="vision model is wanted"):
+        make_page_human(str(ROOT / "colbench" / "tiny"), Album(), shown)
+
+
+# ------------------------------------------------------------------------------------------------------------ win rate
+
+
+def line(task, value, policy="base", sample=0):
+    return {"id": task, "sample": sample, "policy": policy, "scores": {"similarity": value}}
+
+
+def test_win_rate_by_hand(tmp_path):
+    mine = [line("a", 0.9), line("b", 0.5), line("c", 0.7), line("d", 0.1), {"id": "e", "sample": 0, "outcome": "error: x"}]
+    others = [line("a", 0.8), line("b", 0.5), line("c", 0.71), line("d", 0.1, sample=1)]
+    result = win_rate(mine, others)
+    assert (result["win_rate"], result["ties"], result["wins"], result["n"], result["without_partner"]) == (0.5, 1 / 3, 1 / 3, 3, 2)
+    assert 0 <= result["win_rate_95"][0] < 0.5 < result["win_rate_95"][1] <= 1
+    path = _write(tmp_path / "episodes.jsonl", *others, line("a", 0.3, "other"))
+    assert load_opponent(f"{path}#other") == [line("a", 0.3, "other")]
+    with pytest.raises(UserError, match="holds base, other"):
+        load_opponent(str(path))

@@ -1,0 +1,287 @@
+"""Pages in a real browser: the same bytes each time, Tailwind, pictures, and what hostile pages get."""
+import asyncio
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from colbench.files import UserError
+from colbench.frontend import browser
+from colbench.frontend.browser import Renderer
+from colbench.frontend.pages import BUSINESSES, compose, page_tasks
+from colbench.frontend.resources import asset, needs_scripts, placeholder, tailwind_sheet
+from hostile_pages import BURDENS, ESCAPES, HANGS, PLAY
+
+SHEET = '<link href="https://cdn.jsdelivr.net/npm/tailwindcss@2.2.19/dist/tailwind.min.css" rel="stylesheet">'
+PAGES = [task["ground_truth"] for task in page_tasks("test", 8)] + [
+    f'<html>{SHEET}<body class="bg-gray-100"><div class="animate-spin w-8 h-8 bg-red-500"></div><div class="container mx-auto '
+    'md:w-1/2 hover:bg-blue-500 focus:ring-2 space-y-0.5 rounded-2xl shadow-lg p-2.5"><img class="rounded-full shadow-2xl" '
+    'src="https://picsum.photos/300/300"><input value="caret"></div></body></html>',
+]
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory):
+    with Renderer(tmp_path_factory.mktemp("shots"), layout=True) as renderer:
+        yield renderer
+
+
+def pixels(picture):
+    return np.asarray(Image.open(picture.path).convert("RGB"))
+
+
+def test_same_bytes_in_other_launches_with_other_tabs_and_without_a_network(tmp_path, monkeypatch):
+    def draw(name, tabs):
+        with Renderer(tmp_path / name, tabs=tabs) as renderer:
+            pages = [*PAGES, '<html><body><input autofocus value="caret"><marquee>x</marquee></body></html>']
+            pictures = renderer.render(pages)
+            assert renderer.rendered == len(pages) and renderer.restarts == 0
+        return [picture.path.read_bytes() for picture in pictures]
+    first = draw("one", 1)
+    assert draw("three", 3) == first
+    # the other one of "without network" and "network as it is": pages look the same in both
+    monkeypatch.setattr(browser, "network_namespace", lambda: [])
+    assert draw("open", 2) == first
+
+
+def test_what_is_there_is_not_rendered_again(tmp_path):
+    with Renderer(tmp_path, layout=True) as renderer:
+        before = renderer.render([PAGES[0], PAGES[0], PAGES[1]])
+        assert renderer.rendered == 2 and before[0] == before[1]
+    with Renderer(tmp_path, layout=True) as renderer:
+        assert renderer.render(PAGES[:2]) == [before[0], before[2]] and renderer.rendered == 0
+
+
+def test_fingerprint_names_browser_flags_and_fonts(renderer):
+    assert renderer.fingerprint.startswith("chromium ") and "1366x768" in renderer.fingerprint
+    assert "fonts Liberation " in renderer.fingerprint
+    assert "network" in renderer.layers and "25 s" in renderer.layers
+
+
+def test_only_the_rules_a_page_uses_and_the_same_pixels_as_with_the_whole_sheet(renderer, tmp_path):
+    """The slow, obvious way: the whole published sheet in a browser of its own."""
+    from playwright.async_api import async_playwright
+
+    from colbench.frontend.worker import FLAGS
+
+    async def draw():
+        async with async_playwright() as playwright:
+            program = await playwright.chromium.launch(
+                executable_path=renderer_executable(), args=[*FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])],
+                env={**os.environ, "FONTCONFIG_FILE": str(Path(renderer._scratch.name) / "fonts.conf")})
+            tab = await program.new_page(viewport={"width": 1366, "height": 768}, java_script_enabled=False)
+
+            async def answer(route):
+                url = route.request.url
+                body = page if "page.invalid" in url else asset("tailwind-2.2.19.css") if ".css" in url else placeholder(url)
+                kind = "text/html; charset=utf-8" if "page.invalid" in url else "text/css" if ".css" in url else "image/svg+xml"
+                await route.fulfill(body=body, content_type=kind)
+            await tab.route("**/*", answer)
+            shots = []
+            for page in PAGES:
+                await tab.goto("http://page.invalid/")
+                shots.append(await tab.screenshot(full_page=True, animations="disabled", caret="hide"))
+            return shots
+    for i, (shot, picture) in enumerate(zip(asyncio.run(draw()), renderer.render(PAGES))):
+        (tmp_path / "whole.png").write_bytes(shot)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "whole.png").convert("RGB")), pixels(picture)), i
+        assert len(tailwind_sheet(PAGES[i])) < 20_000
+
+
+def renderer_executable():
+    return os.environ.get("COLBENCH_CHROMIUM") or next(filter(None, map(browser.shutil.which, browser.NAMES)), None)
+
+
+def test_sheet_keeps_escaped_and_combined_classes():
+    sheet = tailwind_sheet('<p class="2xl:p-4 md:w-1/2 group-hover:opacity-100 group space-y-0.5 MX-Auto">')
+    for rule in (r".\32xl\:p-4{", r".md\:w-1\/2{", r".group:hover .group-hover\:opacity-100{", r".space-y-0\.5>", ".mx-auto{"):
+        assert rule in sheet
+    assert ".p-4{" not in sheet
+    assert ".mt-1{" in tailwind_sheet('<p class="m&#116;-1">')  # a character reference
+    assert sheet.count("{") == sheet.count("}")
+
+
+@pytest.mark.parametrize("url, size", [
+    ("https://picsum.photos/id/48/640/480", (640, 480)), ("https://picsum.photos/320/200", (320, 200)),
+    ("https://picsum.photos/250", (250, 250)), ("http://picsum.photos/seed/a1/90/70", (90, 70)), ("https://picsum.photos/id/7/80.jpg", (80, 80)),
+    ("https://source.unsplash.com/random/600x300/?sea,boat", (600, 300)), ("https://source.unsplash.com/400x200/?a-b", (400, 200)),
+    ("https://images.unsplash.com/photo-1501?auto=format&w=500&h=100", (500, 100)), ("https://via.placeholder.com/150x50?text=1", (150, 50)),
+    ("https://picsum.photos/id/48/200/300-estate", (200, 300)), ("https://picsum.photos/99999/50", (4096, 50)),
+])
+def test_pictures_have_the_asked_size(renderer, url, size):
+    layout = renderer.render([f'<html><body><img src="{url}"></body></html>'])[0].layout
+    assert (layout["pictures"][0]["w"], layout["pictures"][0]["h"]) == size
+
+
+def test_other_requests_are_refused(renderer):
+    missing, there = renderer.render([f'<html><body><img src="{url}"></body></html>' for url in
+                                      ("https://example.com/640/480", "https://picsum.photos/640/480")])
+    assert pixels(missing).std() < 20 < pixels(there).std()
+
+
+def test_pages_run_in_quirks_mode_and_whole(renderer):
+    quirks, long = renderer.render(['<html><body><div style="width:50;height:50;background:#f00"></div></body></html>',
+                                    '<html><body style="margin:0"><div style="height:3000px;background:#00f"></div></body></html>'])
+    assert (pixels(quirks)[20, 20] == (255, 0, 0)).all()  # a length without unit counts in quirks mode only
+    assert pixels(long).shape == (3000, 1366, 3) and (pixels(long)[2999, 1365] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("script", [PLAY, '<script src="https://cdn.jsdelivr.net/npm/@tailwindcss/browser@4"></script>'])
+def test_scripts_run_only_where_tailwind_needs_them(renderer, script):
+    body = '<body><div class="w-[300px] h-[100px] bg-[#ff0000]"></div><script>document.body.innerHTML = ""</script></body>'
+    with_script, without = renderer.render([f"<html>{script}{body}</html>", f"<html><!-- {script} -->{SHEET}{body}</html>"])
+    red = (pixels(with_script) == (255, 0, 0)).all(-1)
+    assert red.sum() == 300 * 100  # Tailwind's script made the sheet; the page's own did not run
+    assert not (pixels(without) == (255, 0, 0)).all(-1).any()
+
+
+def test_configuration_of_the_play_script(renderer):
+    page = f'<html>{PLAY}<script>tailwind.config = {{theme: {{extend: {{colors: {{own: "#00ff00"}}}}}}}}</script>' \
+           '<body><div class="w-8 h-8 bg-own"></div></body></html>'
+    assert (pixels(renderer.render([page])[0]) == (0, 255, 0)).all(-1).sum() == 32 * 32
+
+
+def test_which_pages_need_scripts():
+    assert needs_scripts(f"<html>{PLAY}") and needs_scripts("<SCRIPT defer src=//cdn.tailwindcss.com?plugins=forms></SCRIPT>")
+    assert not any(needs_scripts(page) for page in (*PAGES, "<script src='https://evil.example/cdn.tailwindcss.com'></script>",
+                                                    "<script>cdn.tailwindcss.com</script>"))
+
+
+# ---------------------------------------------------------------------------------------------------------- hostile pages
+
+
+class Listener:
+    """Counts what reaches a TCP and a UDP port of this machine."""
+
+    def __init__(self):
+        self.tcp, self.udp = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.port, self.heard = self.tcp.getsockname()[1], []
+        self.udp.bind(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, daemon=True).start()
+        threading.Thread(target=lambda: [self.heard.append(self.udp.recv(100)) for _ in iter(int, 1)], daemon=True).start()
+
+    def _accept(self):
+        while True:
+            connection, _ = self.tcp.accept()
+            self.heard.append("tcp")
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def listener():
+    return Listener()
+
+
+def good(i):
+    return compose("Oak Hall", {"background": "blue"}).replace("</body>", f"</body><!-- {i} -->")
+
+
+def no_process_of(tree):
+    deadline = time.time() + 10
+    while (left := [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]) and time.time() < deadline:
+        time.sleep(0.05)
+    return not left
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_nothing_gets_out(tmp_path, monkeypatch, listener, isolated):
+    if not isolated:  # the inner layers alone; UDP is what only the network namespace stops
+        monkeypatch.setattr(browser, "network_namespace", lambda: [])
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (400, 400), (1, 254, 3)).save(secret)
+    home = {path for path in Path.home().iterdir()}
+    with Renderer(tmp_path / "shots") as renderer:
+        if isolated and not renderer.isolation:
+            assert "no network namespace" in renderer.layers
+            pytest.skip("no network namespace on this machine")
+        right = renderer.render([good(0)])[0].path.read_bytes()
+        for i, (name, page) in enumerate(ESCAPES.items(), 1):
+            if not isolated and name in ("WebRTC", "requests of a script that runs"):
+                continue
+            page = page.replace("PORT", str(listener.port)).replace("FILE", str(secret))
+            picture, after = renderer.render([page])[0], renderer.render([good(i)])[0]
+            assert bool(picture.path) != bool(picture.refusal), name
+            assert picture.path is None or not (pixels(picture) == (1, 254, 3)).all(-1).any(), name
+            assert after.path.read_bytes() == right, name
+        tree = renderer.worker.tree()
+    assert listener.heard == []
+    assert {path for path in Path.home().iterdir()} == home
+    assert len(tree) > 3 and no_process_of(tree)
+    socket.create_connection(("127.0.0.1", listener.port)).close()  # the listener does listen
+    deadline = time.time() + 5
+    while not listener.heard and time.time() < deadline:
+        time.sleep(0.01)
+    assert listener.heard.pop() == "tcp"
+
+
+def test_refresh_leaves_the_page_as_it_is(renderer):
+    body = "<body><h1>still here</h1></body></html>"
+    plain, refreshed = renderer.render([f"<html>{body}", '<html><head><meta http-equiv="refresh" content="0; url=about:blank"></head>' + body])
+    assert plain.path.read_bytes() == refreshed.path.read_bytes()
+
+
+def test_burdens(tmp_path):
+    with Renderer(tmp_path, deadline=20) as renderer:
+        right = renderer.render([good(0)])[0].path.read_bytes()
+        for i, (name, page) in enumerate(BURDENS.items(), 1):
+            picture, after = renderer.render([page])[0], renderer.render([good(i)])[0]
+            assert bool(picture.path) != bool(picture.refusal), name
+            if picture.path:
+                assert Image.open(picture.path).width <= 2000 and Image.open(picture.path).height <= 10000
+            assert after.path.read_bytes() == right, name
+        giant = renderer.render([BURDENS["a giant page"]])[0]
+        assert Image.open(giant.path).size == (2000, 10000)
+        refused = renderer.render(["<html>" + "x" * 3_000_000, None])
+        assert "larger than 2000000 bytes" in refused[0].refusal and refused[1].refusal == "no page"
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_a_page_that_hangs_or_fills_the_memory_is_refused_and_its_neighbours_are_not(tmp_path, name):
+    with Renderer(tmp_path, tabs=2, deadline=6 if name != "a memory bomb" else 40, memory=1.5e9) as renderer:
+        tree = renderer.worker.tree()
+        pictures = renderer.render([good(1), HANGS[name], good(2), good(3)])
+        assert pictures[1].path is None
+        assert any(words in pictures[1].refusal for words in ("longer than 6 seconds", "1.5 GB of memory", "crashed", "Timeout", "closed"))
+        assert [picture.refusal for picture in (pictures[0], *pictures[2:])] == [None] * 3
+        assert len({picture.path.read_bytes() for picture in (pictures[0], *pictures[2:])}) == 1
+        assert renderer.restarts >= 1 and no_process_of(tree)
+        tree = renderer.worker.tree()
+    assert no_process_of(tree)
+
+
+def test_no_process_outlives_a_killed_parent(tmp_path):
+    """The worker notices the end of its stdin."""
+    import subprocess
+    import sys
+    code = ("import sys, time; from colbench.frontend.browser import Renderer\n"
+            f"r = Renderer({str(tmp_path)!r}); print(r.worker.process.pid, flush=True); time.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=browser.ROOT, stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(parent.stdout.readline()))
+    tree = [worker, *worker.children(recursive=True)]
+    assert len(tree) > 3
+    parent.kill()
+    parent.wait()
+    assert no_process_of(tree)
+
+
+def test_no_browser_names_both_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(browser, "NAMES", ("no-such-browser",))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path))
+    monkeypatch.delenv("COLBENCH_CHROMIUM", raising=False)
+    with pytest.raises(UserError) as error:
+        Renderer(tmp_path / "shots")
+    assert "playwright install" in str(error.value) and "apt-get install chromium" in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setenv("COLBENCH_CHROMIUM", "/no/such/program")
+    with pytest.raises(UserError, match="/no/such/program"):
+        Renderer(tmp_path / "shots")
+
+
+def test_bundled_pages_are_all_different(renderer):
+    pages = [compose(name, {}) for name in BUSINESSES]
+    assert len({picture.path.read_bytes() for picture in renderer.render(pages)}) == len(pages)
