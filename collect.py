@@ -20,6 +20,7 @@ from tqdm import tqdm
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play, prompt_messages, said
 from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of, shard, shard_path,
                             shards_hint, write_aside)
+from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, Frontend, add_env, add_flags
 from colbench.humans import make_human
 from colbench.model import LocalChat, load_model, load_tokenizer
 from colbench.scorer import Scorer, share
@@ -43,13 +44,14 @@ PRESETS = {
 def parse_args():
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
-    preset = first.parse_known_args()[0].preset
+    env, preset = add_env(first), first.parse_known_args()[0].preset
     parser = argparse.ArgumentParser(
         description=__doc__, parents=[first], formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("files")
     group.add_argument("--run", help="directory of this run (default: %(default)s)")
     group.add_argument("--trajectories", help="output (default: RUN/trajectories.jsonl)")
-    group.add_argument("--tasks", help="mini:train, a .jsonl file or a hub data set ID:train (default: %(default)s)")
+    group.add_argument("--tasks", help="mini:train or pages:train, a .jsonl file or a hub data set ID:train "
+                       "(default: %(default)s)")
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
     group.add_argument("--add-candidates-to", metavar="FILE", help="play nothing, complete the trajectories of this file (or of "
                        "a hub data set ID:FILE)")
@@ -67,8 +69,10 @@ def parse_args():
     group.add_argument("--batch-tokens", type=int, default=65536,
                        help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
     group = parser.add_argument_group("human")
-    group.add_argument("--human", help="scripted, self (the agent's weights, adapters off) or a server's URL (default: %(default)s)")
+    group.add_argument("--human", help="scripted, self (the agent's weights, adapters off) or a server's URL; with --env frontend "
+                       "also a vision model's id or folder (default: %(default)s)")
     group.add_argument("--human-model", metavar="NAME", help="model name on that server (default: the first it lists)")
+    add_flags(parser)
     group = parser.add_argument_group("episodes")
     group.add_argument("--k", type=int, help="trajectories a task (default: %(default)s)")
     group.add_argument("--max-turns", type=int, default=10, help="agent messages, the answer included (default: %(default)s)")
@@ -78,7 +82,7 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--scorer", choices=("fixed", "official"), default="fixed", help="which score is the reward (default: fixed)")
     group.add_argument("--allow-weak-sandbox", action="store_true", help="score even where the sandbox cannot be made safe")
-    parser.set_defaults(**PRESETS[preset])
+    parser.set_defaults(**PRESETS[preset] | (FRONTEND_PRESETS["collect"][preset] if env == "frontend" else {}))
     args = parser.parse_args()
     if args.k < 1 or args.n_tasks < 1 or args.n_candidates < 2 or args.max_turns < 1 or args.parallel < 1:
         raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1, --n-candidates at least 2")
@@ -96,7 +100,7 @@ def main():
     if args.add_candidates_to:
         todo = load_trajectories(args.add_candidates_to)[part]
     else:
-        tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())[part]  # a task twice is one task
+        tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks, args.env == "frontend")}.values())[part]  # a task twice is one task
         todo = [(task, sample) for sample in range(args.k) for task in tasks]  # as published: samples n_tasks lines apart
     order = [(t["id"], t["sample"]) for t in todo] if args.add_candidates_to else [(t["id"], s) for t, s in todo]
     if args.retry_errors:
@@ -119,21 +123,23 @@ def main():
         agent = LocalChat(load_model(args.model, args.load_in_4bit), load_tokenizer(args.model), batch_tokens=args.batch_tokens)
     settings = dict(n_candidates=args.n_candidates, candidate_share=args.candidate_share, temperature=args.temperature,
                     max_new_tokens=args.max_new_tokens, seed=args.seed)
-    with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.trajectories, "a", encoding="utf-8") as output:
+    frontend = Frontend(args, args.trajectories.parent) if args.env == "frontend" else None
+    with frontend or Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.trajectories, "a", encoding="utf-8") as output:
         model = getattr(agent, "model", None) if not args.agent_server else None
         plan("collect", {
             "agent": model_row(model, args.model) if model else f"{args.agent_server_model or 'model'} at {args.agent_server}",
             "human": args.human, "candidates": f"{args.n_candidates} at {args.candidate_share:.0%} of the turns",
             "tokens": f"at most {args.max_turns} messages of {args.max_new_tokens} an episode, {args.parallel} dialogues at once",
             "memory": model and sampling_memory(model, args.batch_tokens), "sandbox": scorer.tier,
-            "reward": f"share of tests passed, {args.scorer} scorer", "output": args.trajectories})
+            "reward": frontend.measure.name if frontend else f"share of tests passed, {args.scorer} scorer", "output": args.trajectories})
         if args.add_candidates_to:
             batches = complete(agent, todo, done, args)
         else:
-            human = make_human(args.human, chat=agent, model=args.human_model)
+            human = frontend.human if frontend else make_human(args.human, chat=agent, model=args.human_model)
             servers = [chat for chat in (agent, getattr(human, "chat", None)) if isinstance(chat, ServerChat)]
             batches = keep_sound(play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
-                                      parallel=args.parallel, done=done, **settings), servers)
+                                      parallel=args.parallel, done=done, final_page=frontend and frontend.final_page,
+                                      **settings), servers)
         bar = tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
         for episodes in batches:
             unscored = [e for e in episodes if "reward" not in e and not failed(e)]
@@ -206,7 +212,7 @@ def summary(args, lines: list[dict]) -> None:
     replies = [m for line in good for m in line["dialogue_history"][1:] if m["role"] == "user"]
     n = max(1, len(good))
     print(f"{args.trajectories}: {len(good)} trajectories of {len(rewards)} tasks, {len(lines) - len(good)} that failed; "
-          f"tests passed {sum(line['reward'] for line in good) / n:.1%}, success {sum(line['reward'] == 1 for line in good) / n:.1%}, "
+          f"{'similarity' if args.env == 'frontend' else 'tests passed'} {sum(line['reward'] for line in good) / n:.1%}, success {sum(line['reward'] == 1 for line in good) / n:.1%}, "
           f"{sum(turns) / n:.1f} turns, {sum(line['outcome'] == 'limit' for line in good) / n:.1%} answered at the limit")
     print(f"{sum(len(r) > 1 for r in rewards.values())} tasks have trajectories of different reward (the critic learns from "
           f"these); {states} states have candidates; the human's first draft held code of the reference in "

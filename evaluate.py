@@ -27,6 +27,7 @@ from colbench.credit import add_credit
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play
 from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, shard, shard_path, shards_hint,
                             write_aside)
+from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, Frontend, add_env, add_flags, report as frontend_report
 from colbench.humans import make_human
 from colbench.model import LocalChat, adapters_off, context_length, load_model, load_tokenizer, message_logps, put_adapter
 from colbench.report import write_report
@@ -55,14 +56,14 @@ PRESETS = {
 def parse_args():
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
-    preset = first.parse_known_args()[0].preset
+    env, preset = add_env(first), first.parse_known_args()[0].preset
     parser = argparse.ArgumentParser(
         description=__doc__, parents=[first], formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("files")
     group.add_argument("--run", help="directory of this run (default: %(default)s)")
     group.add_argument("--episodes", help="output (default: RUN/episodes.jsonl)")
     group.add_argument("--metrics", help="output (default: RUN/metrics.json)")
-    group.add_argument("--tasks", help="mini:test, a .jsonl file or a hub data set ID:test (default: %(default)s)")
+    group.add_argument("--tasks", help="mini:test or pages:test, a .jsonl file or a hub data set ID:test (default: %(default)s)")
     group.add_argument("--n-tasks", type=int, help="the first so many tasks (default: %(default)s)")
     group.add_argument("--shard", metavar="I/N", type=shard, default="1/1", help="only every N-th task from the I-th on, into "
                        "episodes-IofN.jsonl; the N files put together are a whole run's")
@@ -85,17 +86,20 @@ def parse_args():
     group.add_argument("--best-of", type=int, default=1, metavar="N", help="at every turn, play the best of N messages by --critic, "
                        "which uses HIDDEN information: no policy's score, but what the critic is worth (default: %(default)s)")
     group = parser.add_argument_group("human")
-    group.add_argument("--human", help="scripted, self (the base model's weights) or a server's URL (default: %(default)s)")
+    group.add_argument("--human", help="scripted, self (the base model's weights) or a server's URL; with --env frontend also a "
+                       "vision model's id or folder (default: %(default)s)")
     group.add_argument("--human-model", metavar="NAME", help="model name on that server (default: the first it lists)")
     group.add_argument("--talk", nargs="?", type=int, const=1, metavar="TASK",
                        help="be the human yourself, in the terminal, on this task (1 is the first); plays nothing else")
+    add_flags(parser).add_argument("--against", metavar="FILE[#POLICY]", help="win rate against these episodes of another run "
+                                   "(default: against the first of --policies)")
     group = parser.add_argument_group("episodes")
     group.add_argument("--k", type=int, default=1, help="episodes a task (default: %(default)s)")
     group.add_argument("--max-turns", type=int, default=10, help="agent messages, the answer included (default: %(default)s)")
     group.add_argument("--parallel", type=int, help="dialogues in flight (default: %(default)s)")
     group.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     group.add_argument("--allow-weak-sandbox", action="store_true", help="score even where the sandbox cannot be made safe")
-    parser.set_defaults(**PRESETS[preset])
+    parser.set_defaults(**PRESETS[preset] | (FRONTEND_PRESETS["evaluate"][preset] if env == "frontend" else {}))
     args = parser.parse_args()
     if min(args.k, args.n_tasks, args.max_turns, args.parallel) < 1:
         raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1")
@@ -128,7 +132,7 @@ def main():
         return talk(args)
     if args.compare:
         return compare(args.compare)
-    tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks)}.values())  # a task twice is one task
+    tasks = list({task["id"]: task for task in load_tasks(args.tasks, args.n_tasks, args.env == "frontend")}.values())  # a task twice is one task
     tasks = tasks[args.shard[0] - 1::args.shard[1]]
     lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
@@ -151,7 +155,8 @@ def main():
     if not args.agent_server:
         tokenizer, base = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
     model = base
-    with Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
+    frontend = Frontend(args, args.episodes.parent) if args.env == "frontend" else None
+    with frontend or Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
         plan("evaluate", {
             "agents": ", ".join(args.names.values()), "model": base and model_row(base, args.model), "human": args.human,
             "tasks": f"{len(tasks)} of {args.tasks}, {args.k} episodes each",
@@ -162,32 +167,32 @@ def main():
             if args.agent_server:
                 agent = ServerChat(args.agent_server, args.agent_server_model)
                 agent.check()
-                human = make_human(args.human, model=args.human_model)
+                human = frontend.human if frontend else make_human(args.human, model=args.human_model)
             else:
                 if policy != "base":  # adapters go on the weights that are there; a fully fine-tuned model replaces them
                     model = put_adapter(model if isinstance(model, PeftModel) else base, policy)
                 choose, model = best_of(args, tokenizer, base, model, policy) if args.best_of > 1 else (None, model)
                 agent = LocalChat(model, tokenizer, adapters=policy != "base", batch_tokens=args.batch_tokens)
                 weights = model if isinstance(model, PeftModel) else base
-                human = make_human(args.human, LocalChat(weights, tokenizer, adapters=False, batch_tokens=args.batch_tokens),
-                                   args.human_model)
+                human = frontend.human if frontend else make_human(
+                    args.human, LocalChat(weights, tokenizer, adapters=False, batch_tokens=args.batch_tokens), args.human_model)
             servers = [chat for chat in (agent, getattr(human, "chat", None)) if isinstance(chat, ServerChat)]
             batches = play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
                            n_candidates=args.best_of, candidate_share=float(args.best_of > 1), choose=choose,
                            temperature=args.temperature, max_new_tokens=args.max_new_tokens, parallel=args.parallel,
-                           seed=args.seed, done=done[policy])
+                           seed=args.seed, done=done[policy], final_page=frontend and frontend.final_page)
             wins, bar = 0, tqdm(total=missing[policy], desc=args.names[policy], unit="episode", smoothing=0)
             for episodes in keep_sound(batches, servers):
                 sound = [e for e in episodes if not failed(e)]
                 for episode, result in zip(sound, scorer.score_many([(e["task"], e["answer"]) for e in sound])):
                     episode["reward"], episode["scores"] = share(result, "fixed"), result
-                    wins += success(result, "fixed")
+                    wins += result["similarity"] if frontend else success(result, "fixed")
                 for episode in episodes:
                     episode["policy"] = args.names[policy]
                     append_jsonl(output, episode)
                 lines += episodes
                 bar.update(len(episodes))
-                bar.set_postfix(success=f"{wins / bar.n:.3f}")
+                bar.set_postfix({"similarity" if frontend else "success": f"{wins / bar.n:.3f}"})
             bar.close()
     rewrite(args.episodes, lines, order)
     report(args, tasks, lines, order, model if isinstance(model, PeftModel) else base)
@@ -284,6 +289,8 @@ def metrics_of(lines: list[dict], flawed: dict) -> dict:
 
 def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model=None) -> None:
     """Write metrics.json and report.html and print the table. model: the base model's weights, if they are in memory."""
+    if args.env == "frontend":
+        return frontend_report(args, lines, order)
     wanted, results, audit = set(order), {}, flaws(tasks, args.metrics, args.allow_weak_sandbox)
     for policy in args.names.values():
         results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted],

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages, states_with_candidates
+from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, add_env, add_page_flags
 from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of
 from colbench.judges import judge_scores, rollout_scores
 from colbench.model import (adapters_off, add_lora, candidate_trees, context_length, encode_dialogue, load_model, load_tokenizer,
@@ -57,7 +58,7 @@ HIDDEN_INFO = "\n\nHidden from the agent, the reference is:\n"
 def parse_args():
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
-    preset = first.parse_known_args()[0].preset
+    env, preset = add_env(first), first.parse_known_args()[0].preset
     parser = argparse.ArgumentParser(
         description=__doc__, parents=[first], formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("files")
@@ -86,6 +87,8 @@ def parse_args():
     group.add_argument("--rollouts", type=int, default=4, help="--critic rollout: dialogues a candidate (default: %(default)s)")
     group.add_argument("--human", help="--critic rollout: scripted, self or a server's URL (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, help="--critic rollout: bound on one message (default: %(default)s)")
+    add_page_flags(parser).add_argument("--vision-critic", metavar="MODEL", help="with --critic regression, as in the paper: the "
+                                        "head sits on this vision-language model, which sees both pages (default: a text critic)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning-rate", type=float, help="peak; 10%% warm-up, linear decay (default: %(default)s)")
     group.add_argument("--epochs", type=int, help="(default: %(default)s)")
@@ -96,7 +99,7 @@ def parse_args():
     group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--log-with", choices=("tensorboard", "wandb"), help="also log there, through accelerate")
-    parser.set_defaults(**PRESETS[preset])
+    parser.set_defaults(**PRESETS[preset] | (FRONTEND_PRESETS["train_critic"][preset] if env == "frontend" else {}))
     args = parser.parse_args()
     if args.official:
         args.aggregate, args.nll_weight = "trajectory-mean", 0.0
@@ -183,6 +186,9 @@ def load_pairs(args, tokenizer):
 
 def main():
     args = parse_args()
+    if args.vision_critic:
+        from colbench.frontend.vision_critic import train_and_rank  # (2) on pictures
+        return train_and_rank(args, make_pairs, states_to_rank)
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.run,
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:

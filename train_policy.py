@@ -31,6 +31,7 @@ import statistics
 from pathlib import Path
 
 from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages
+from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, add_env
 from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
 from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
                             message_ids, message_logps, pack, tree_tokens)
@@ -60,6 +61,7 @@ def parse_args():
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
     first.add_argument("--algorithm", choices=("sweet", "multi-turn-dpo", "rft"), default="sweet", help="(default: %(default)s)")
+    env = add_env(first)
     known = first.parse_known_args()[0]
     parser = argparse.ArgumentParser(
         description=__doc__, parents=[first], formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +100,9 @@ def parse_args():
     group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--log-with", choices=("tensorboard", "wandb"), help="also log there, through accelerate")
-    parser.set_defaults(algorithm=known.algorithm, **PRESETS[known.preset] | BASELINES.get((known.preset, known.algorithm), {}))
+    frontend = FRONTEND_PRESETS["train_policy"][known.preset] if env == "frontend" else {}
+    parser.set_defaults(algorithm=known.algorithm,
+                        **PRESETS[known.preset] | BASELINES.get((known.preset, known.algorithm), {}) | frontend)
     args = parser.parse_args()
     args.preferences = Path(args.preferences or Path(args.run) / "preferences.jsonl")
     args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")

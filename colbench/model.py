@@ -22,7 +22,7 @@ from colbench.files import UserError
 from colbench.hub import why_not
 from colbench.server import Reply
 
-TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": Path(__file__).parent / "tiny", "tiny-frontend": Path(__file__).parent / "frontend" / "tiny"}
 LOGITS_AT_ONCE = 2**26  # message_logps holds at most so many logits, 256 MB in float32: 523 positions of a 128k vocabulary
 torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
 
@@ -33,7 +33,7 @@ torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on
 def load_tokenizer(name: str):
     """Tokenizer of a hub id or folder; "tiny" is the embedded model. UserError in one line if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(TINY if name == "tiny" else name)
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED.get(name, name))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(cannot_load(name, error)) from None
     if not tokenizer.chat_template:
@@ -44,7 +44,7 @@ def load_tokenizer(name: str):
 def context_length(name: str) -> int:
     """Tokens that the model's positions reach; a large number where its configuration does not say."""
     try:
-        config = AutoConfig.from_pretrained(TINY if name == "tiny" else name).get_text_config()
+        config = AutoConfig.from_pretrained(EMBEDDED.get(name, name)).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(cannot_load(name, error)) from None
     return getattr(config, "max_position_embeddings", 1 << 30)
@@ -65,7 +65,7 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
     ) if load_in_4bit else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            TINY if source == "tiny" else source, dtype=dtype, quantization_config=quantization, device_map={"": device})
+            EMBEDDED.get(source, source), dtype=dtype, quantization_config=quantization, device_map={"": device})
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights at the first evaluation
                 module.support_avx512bf16_for_cpu = False  # on such a CPU, and no gradient passes repacked weights

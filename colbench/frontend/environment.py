@@ -163,10 +163,11 @@ def metrics_of(lines: list[dict], opponent: list[dict] | None) -> dict:
 def report(args, lines: list[dict], order: list[tuple]) -> None:
     """Write metrics.json and print the table. The opponent of the win rate: --against, else the first policy of this run."""
     wanted = set(order)
-    of = {policy: [x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted] for policy in args.policies}
-    first = args.policies[0]
+    of = {policy: [x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted]
+          for policy in args.names.values()}
+    first = next(iter(of))
     opponent = load_opponent(args.against) if args.against else of[first]
-    results = {policy: metrics_of(of[policy], opponent if args.against or policy != first else None) for policy in args.policies}
+    results = {policy: metrics_of(of[policy], opponent if args.against or policy != first else None) for policy in of}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     text = json.dumps({"settings": settings, "opponent": args.against or first, "policies": results}, indent=1)
     write_aside(args.metrics, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
