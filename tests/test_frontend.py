@@ -25,6 +25,7 @@ from colbench.frontend.reviewer import NOTHING, SAME, align, colour, review
 from colbench.frontend.reward import Clip, Pixels, make_measure, preprocess
 from colbench.server import Reply, ServerChat
 from colbench.tasks import load_tasks, load_trajectories
+from tiny_vision import save_tiny_vision
 
 ROOT = Path(__file__).parent.parent
 
@@ -422,28 +423,34 @@ def test_errors_of_the_server_end_only_that_dialogue(server, album):
 
 
 def test_local_vision_model(tmp_path, album):
-    """A Llava of random weights, saved as on the hub: the real loading, template, pictures and decoding."""
-    from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "colbench" / "tiny")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    template = ("{% for m in messages %}<|user|>{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}"
-                "{% endif %}{% endfor %}{% endfor %}<|assistant|>")
-    processor = LlavaProcessor(CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}), tokenizer,
-                               patch_size=32, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template)
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=32),
-        text_config=LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                max_position_embeddings=4096), image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1))
-    model.save_pretrained(tmp_path / "vision")
-    processor.save_pretrained(tmp_path / "vision")
+    save_tiny_vision(tmp_path / "vision")
     human = make_page_human(str(tmp_path / "vision"), Album(), shown)
     texts = ask(human, album[0], None, task=album[1])
     assert all(isinstance(text, str) and text for text in texts) and len(texts[0]) <= LONGEST_REPLY
     assert texts == ask(human, album[0], None, task=album[1])
     with pytest.raises(UserError, match="vision model is wanted"):
         make_page_human(str(ROOT / "colbench" / "tiny"), Album(), shown)
+
+
+def test_vision_critic_gradient_is_that_of_the_loss(tmp_path, album):
+    """One turn at a time gives the gradient of (2) as written down."""
+    from colbench.frontend.vision_critic import Critic, pair_step
+    torch.manual_seed(0)
+    critic = Critic(save_tiny_vision(tmp_path / "vision"), lora_rank=2)
+    torch.nn.init.normal_(critic.head.weight)
+    wanted = album[1]["ground_truth"]
+    chosen, rejected = [("a page", album[0], wanted), ("a page", wanted, wanted)], [("a page", None, wanted)]
+    loss, margin = pair_step(critic, chosen, rejected, beta=0.7, weight=0.5)
+    got = [p.grad.clone() for p in critic.parameters()]
+    for p in critic.parameters():
+        p.grad = None
+    difference = sum(critic.advantage(*turn) for turn in chosen) - sum(critic.advantage(*turn) for turn in rejected)
+    whole = -torch.nn.functional.logsigmoid(0.7 * difference)
+    (0.5 * whole).backward()
+    assert (loss, margin) == pytest.approx((whole.item(), difference.item()), abs=1e-5)
+    for mine, parameter in zip(got, critic.parameters()):
+        torch.testing.assert_close(mine, parameter.grad, atol=1e-5, rtol=1e-4)
+    assert any(g.abs().max() > 0 for g in got[:-1])
 
 
 # ------------------------------------------------------------------------------------------------------------ win rate

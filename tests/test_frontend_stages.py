@@ -1,0 +1,129 @@
+"""The four scripts on Frontend Design as a user runs them: real subprocesses, the embedded model, a real browser."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from colbench.frontend.environment import win_rate
+from colbench.frontend.protocol import final_page
+from colbench.frontend.reward import Pixels
+from tiny_vision import save_tiny_vision
+from train_critic import HIDDEN_INFO
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--n-tasks", "4", "--k", "3", "--max-turns", "4"]
+
+
+def run(script, *args, ok=True):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--env", "frontend", *map(str, args)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600)
+    if ok:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole small run, and what evaluate.py printed."""
+    directory = tmp_path_factory.mktemp("run")
+    run("collect.py", "--run", directory, *SMALL, "--candidate-share", "0.5")
+    run("train_critic.py", "--run", directory, "--epochs", 1, "--min-gap", 0.001)
+    run("train_policy.py", "--run", directory, "--epochs", 1)
+    return directory, run("evaluate.py", "--run", directory, "--n-tasks", 3, "--max-turns", 3).stdout
+
+
+def test_files_of_a_run(finished):
+    directory, _ = finished
+    trajectories = lines(directory / "trajectories.jsonl")
+    assert len({(t["id"], t["sample"]) for t in trajectories}) == len(trajectories) == 12
+    for t in trajectories:
+        shots = [m["screenshot"] for m in t["dialogue_history"] if "screenshot" in m]
+        shots += [t["scores"]["reference_screenshot"], *filter(None, [t["scores"]["screenshot"]])]
+        for path in shots:  # relative to the file
+            assert Image.open(directory / path).width == 1366
+        assert t["answer"] == (final_page(t["dialogue_history"], "edits") or "")
+        picture = t["scores"]["screenshot"]
+        measured = Pixels().similarities([(picture and directory / picture, directory / t["scores"]["reference_screenshot"])])[0]
+        assert t["reward"] == t["scores"]["similarity"] == pytest.approx(measured)
+        assert t["scores"]["measure"] == "pixel similarity" and t["scores"]["renderer"].startswith("chromium ")
+    assert any("screenshot" in m for t in trajectories for m in t["dialogue_history"])
+    assert lines(directory / "preferences.jsonl") and (directory / "policy" / "adapter_config.json").exists()
+
+
+def test_hidden_page_reaches_neither_agent_nor_policy(finished):
+    directory, _ = finished
+    seen = [m["input"] for t in lines(directory / "trajectories.jsonl") + lines(directory / "episodes.jsonl")
+            for m in t["dialogue_history"] if m["role"] == "assistant"]
+    seen += [json.dumps(row["messages"]) for row in lines(directory / "preferences.jsonl")]
+    assert len(seen) > 30
+    assert all(HIDDEN_INFO.strip() not in text and "<html" not in text and "bg-" not in text for text in seen)
+
+
+def test_win_rate_and_the_table(finished, tmp_path):
+    directory, printed = finished
+    metrics = json.loads((directory / "metrics.json").read_text())
+    episodes = lines(directory / "episodes.jsonl")
+    policy = str(directory / "policy")
+    expected = win_rate([e for e in episodes if e["policy"] == policy], [e for e in episodes if e["policy"] == "base"])
+    got = metrics["policies"][policy]["against"]
+    assert got["n"] == expected["n"] == 3 and got["win_rate"] == expected["win_rate"]
+    assert "against" not in metrics["policies"]["base"] and "win rate against base" in printed and "pixel similarity" in printed
+    # against another run: here its own base policy, all ties
+    again = run("evaluate.py", "--run", directory, "--n-tasks", 3, "--max-turns", 3, "--policies", "base",
+                "--against", f"{directory}/episodes.jsonl#base", "--metrics", tmp_path / "metrics.json")
+    against = json.loads((tmp_path / "metrics.json").read_text())["policies"]["base"]["against"]
+    assert (against["win_rate"], against["ties"], against["n"]) == (0.5, 1.0, 3) and "nothing to play" in again.stdout
+
+
+def test_resume_renders_nothing_twice(finished, tmp_path):
+    """A run that lost its last lines makes them again, from the pictures that are there, and is then the same."""
+    directory, _ = finished
+    shutil.copytree(directory / "screenshots", tmp_path / "screenshots")
+    whole = (directory / "trajectories.jsonl").read_bytes()
+    kept = whole.split(b"\n")[:5]
+    (tmp_path / "trajectories.jsonl").write_bytes(b"\n".join(kept) + b'\n{"id": "torn')
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "screenshots").iterdir()}
+    run("collect.py", "--run", tmp_path, *SMALL, "--candidate-share", "0.5")
+    assert (tmp_path / "trajectories.jsonl").read_bytes() == whole
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "screenshots").iterdir()} == before
+    assert "nothing to do" in run("collect.py", "--run", tmp_path, *SMALL, "--candidate-share", "0.5").stdout
+
+
+def test_vision_critic(finished, tmp_path):
+    directory, _ = finished
+    shutil.copytree(directory / "screenshots", tmp_path / "screenshots")
+    trajectories = lines(directory / "trajectories.jsonl")
+    kept = 0
+    for message in (m for t in trajectories for m in t["dialogue_history"] if "candidates" in m):
+        kept += 1
+        message["candidates"] = message["candidates"][:2] if kept < 3 else []
+    (tmp_path / "trajectories.jsonl").write_text("".join(json.dumps(t) + "\n" for t in trajectories))
+    vision = save_tiny_vision(tmp_path / "vision")
+    args = ("--run", tmp_path, "--critic", "regression", "--vision-critic", vision, "--min-gap", 0.001, "--pairs-per-task", 1,
+            "--epochs", 1, "--lora-rank", 2)
+    run("train_critic.py", *args)
+    log = lines(tmp_path / "critic_log.jsonl")
+    assert log[0]["margin"] == 0 and log[0]["gradient_norm"] > 0
+    rows = lines(tmp_path / "preferences.jsonl")
+    assert rows and all(len(row["candidates"]) == len(row["advantages"]) for row in rows)
+    assert "task" not in rows[0] and "<html" not in json.dumps(rows)
+    (tmp_path / "preferences.jsonl").write_text(json.dumps(rows[0]) + "\n")  # interrupted while ranking
+    run("train_critic.py", *args)
+    assert lines(tmp_path / "preferences.jsonl")[0] == rows[0] and len(lines(tmp_path / "preferences.jsonl")) == len(rows)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--measure", "/no/such/clip"], "--measure pixels"), (["--tasks", "pages:nothing"], "pages:train and pages:test"),
+    (["--human", "self"], "sees no pictures"), (["--tasks", "mini:train"], "no such file"),
+])
+def test_bad_settings_are_one_line(tmp_path, args, words):
+    done = run("collect.py", "--run", tmp_path, *SMALL, *args, ok=False)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
