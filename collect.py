@@ -1,6 +1,7 @@
 """Stage 1 of SWEET-RL: the agent talks with a simulated human about each task, k times; the answers are scored.
 
     python collect.py                                             # embedded default, CPU: runs/tiny/trajectories.jsonl
+    python collect.py --env frontend                              # Frontend Design: runs/tiny-frontend; so the other scripts
     python collect.py --preset llama --run runs/llama \\
         --tasks facebook/collaborative_agent_bench:train --human http://localhost:8000/v1
     python collect.py --preset llama --run runs/llama --add-candidates-to facebook/collaborative_agent_bench:offline
@@ -133,6 +134,8 @@ def main():
             "memory": model and sampling_memory(model, args.batch_tokens), "sandbox": scorer.tier,
             "reward": frontend.measure.name if frontend else f"share of tests passed, {args.scorer} scorer", "output": args.trajectories})
         if args.add_candidates_to:
+            for trajectory in todo if frontend else ():  # published ones name a picture on their makers' disk
+                trajectory["answer"] = frontend.final_page(trajectory["dialogue_history"]) or ""
             batches = complete(agent, todo, done, args)
         else:
             human = frontend.human if frontend else make_human(args.human, chat=agent, model=args.human_model)

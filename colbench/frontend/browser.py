@@ -169,8 +169,8 @@ class Renderer:
         environment = {name: os.environ[name] for name in ("PATH", "LANG", "PLAYWRIGHT_BROWSERS_PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
                        if name in os.environ}  # no key or token of the user's gets near the browser
         home = Path(self._scratch.name)
-        environment |= {"HOME": os.environ.get("HOME", str(home)), "TMPDIR": str(home), "XDG_CONFIG_HOME": str(home),
-                        "XDG_CACHE_HOME": str(home), "XDG_DOWNLOAD_DIR": str(home), "FONTCONFIG_FILE": str(home / "fonts.conf"),
+        environment |= {"HOME": str(home), "TMPDIR": str(home), "XDG_CONFIG_HOME": str(home), "XDG_CACHE_HOME": str(home),
+                        "FONTCONFIG_FILE": str(home / "fonts.conf"),
                         "PLAYWRIGHT_BROWSERS_PATH": os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or str(
                             Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "ms-playwright")}
         named = os.environ.get("COLBENCH_CHROMIUM", "")
@@ -195,6 +195,11 @@ class Renderer:
             flags = hashlib.sha256("\n".join(FLAGS).encode()).hexdigest()[:8]
             self.fingerprint = (f"chromium {self.browser}, {VIEWPORT['width']}x{VIEWPORT['height']}, flags {flags}, "
                                 f"fonts {self.fonts}, rules {rules_version()}")
+            text = json.dumps({"fingerprint": self.fingerprint, "executable": row["executable"], "flags": FLAGS, "viewport": VIEWPORT,
+                               "fonts": self.font_files, "layers": self.layers}, indent=1)
+            told = self.folder / "renderer.json"
+            if not told.exists() or told.read_text(encoding="utf-8") != text:
+                write_aside(told, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _write_fonts(self) -> str:
         """Write the font configuration of the browser: the Liberation fonts, or all of the system's where there are none.
@@ -208,7 +213,7 @@ class Renderer:
             text = text.replace("<cachedir>", "<dir>/usr/share/fonts</dir><dir>/usr/local/share/fonts</dir>\n  <cachedir>")
             files = sorted(Path("/usr/share/fonts").rglob("*.[to]tf"))
         Path(self._scratch.name, "fonts.conf").write_text(text.replace("CACHE", f"{self._scratch.name}/fonts"))
-        digest = hashlib.sha256()
+        digest, self.font_files = hashlib.sha256(), [str(file) for file in files]
         for file in files:
             digest.update(file.read_bytes())
         return f"{name} {digest.hexdigest()[:8]}"
