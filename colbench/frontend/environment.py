@@ -24,7 +24,8 @@ PRESETS = {
     "train_critic": {
         "tiny": dict(run="runs/tiny-frontend", model=TINY, tokens_per_step=2048, max_tokens=2048, epochs=2, min_gap=0.1,
                      page_language="edits"),
-        "llama": dict(run="runs/llama-frontend", page_language="html", agent_prompt=PAGE_PROMPT, max_tokens=16384, tokens_per_step=16384, min_gap=0.1),
+        "llama": dict(run="runs/llama-frontend", page_language="html", agent_prompt=PAGE_PROMPT, max_tokens=16384,
+                      tokens_per_step=16384, min_gap=0.1),
     },
     "train_policy": {
         "tiny": dict(run="runs/tiny-frontend", model=TINY),
@@ -57,8 +58,8 @@ def add_flags(parser: argparse.ArgumentParser):
 def add_page_flags(parser: argparse.ArgumentParser):
     """The flags that say what a page in a message is."""
     group = parser.add_argument_group("frontend")
-    group.add_argument("--page-language", choices=("html", "edits"), default="html", help="what the agent writes: pages, or lines of the bundled "
-                       "tasks' own page language (default: %(default)s)")
+    group.add_argument("--page-language", choices=("html", "edits"), default="html", help="what the agent writes: pages, or lines "
+                       "of the bundled tasks' own page language (default: %(default)s)")
     group.add_argument("--extraction", choices=("published", "tolerant"), default="published", help="which part of a message is "
                        "the page: as in the released code, or the last one in any spelling (default: %(default)s)")
     group.add_argument("--tabs", type=int, default=2, help="pages rendered at once (default: %(default)s)")
