@@ -60,3 +60,4 @@ HANGS = {  # these cost the renderer its deadline or its memory
     "an endless script": CONFIG.format("for (;;) {}"),
     "a memory bomb": CONFIG.format("const a = []; for (;;) a.push(new Uint8Array(5e7).fill(1))"),
 }
+SLOW = {"dialogs", "a giant canvas", "misnesting", "many elements", "requests of a script that runs", "an endless script"}

@@ -24,7 +24,8 @@ PRESETS = {
     "train_critic": {
         "tiny": dict(run="runs/tiny-frontend", model=TINY, tokens_per_step=2048, max_tokens=2048, epochs=2, min_gap=0.1,
                      page_language="edits"),
-        "llama": dict(run="runs/llama-frontend", page_language="html", agent_prompt=PAGE_PROMPT, max_tokens=16384, tokens_per_step=16384, min_gap=0.1),
+        "llama": dict(run="runs/llama-frontend", page_language="html", agent_prompt=PAGE_PROMPT, max_tokens=16384,
+                      tokens_per_step=16384, min_gap=0.1),
     },
     "train_policy": {
         "tiny": dict(run="runs/tiny-frontend", model=TINY),
@@ -57,8 +58,8 @@ def add_flags(parser: argparse.ArgumentParser):
 def add_page_flags(parser: argparse.ArgumentParser):
     """The flags that say what a page in a message is."""
     group = parser.add_argument_group("frontend")
-    group.add_argument("--page-language", choices=("html", "edits"), default="html", help="what the agent writes: pages, or lines of the bundled "
-                       "tasks' own page language (default: %(default)s)")
+    group.add_argument("--page-language", choices=("html", "edits"), default="html", help="what the agent writes: pages, or lines "
+                       "of the bundled tasks' own page language (default: %(default)s)")
     group.add_argument("--extraction", choices=("published", "tolerant"), default="published", help="which part of a message is "
                        "the page: as in the released code, or the last one in any spelling (default: %(default)s)")
     group.add_argument("--tabs", type=int, default=2, help="pages rendered at once (default: %(default)s)")
@@ -163,10 +164,11 @@ def metrics_of(lines: list[dict], opponent: list[dict] | None) -> dict:
 def report(args, lines: list[dict], order: list[tuple]) -> None:
     """Write metrics.json and print the table. The opponent of the win rate: --against, else the first policy of this run."""
     wanted = set(order)
-    of = {policy: [x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted] for policy in args.names.values()}
-    first = next(iter(args.names.values()))
+    of = {policy: [x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted]
+          for policy in args.names.values()}
+    first = next(iter(of))
     opponent = load_opponent(args.against) if args.against else of[first]
-    results = {policy: metrics_of(of[policy], opponent if args.against or policy != first else None) for policy in args.names.values()}
+    results = {policy: metrics_of(of[policy], opponent if args.against or policy != first else None) for policy in of}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     text = json.dumps({"settings": settings, "opponent": args.against or first, "policies": results}, indent=1)
     write_aside(args.metrics, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))

@@ -37,7 +37,8 @@ def make_page_human(spec: str, renderer, shown, model: str | None = None):
         server.check()
         return PageHuman(renderer, shown, Watcher(server))
     if spec == "self":
-        raise UserError("--human self: the agent's model sees no pictures; give scripted, a server's address, or the name of a vision model")
+        raise UserError("--human self: the agent's model sees no pictures; give scripted, a server's address, "
+                        "or the name of a vision model")
     return PageHuman(renderer, shown, Watcher(LocalVision(spec)))
 
 

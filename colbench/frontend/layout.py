@@ -41,7 +41,7 @@ LAYOUT = r"""() => {
         range.selectNodeContents(node);
         const r = range.getBoundingClientRect(), s = style(e);
         if (r.width < 1 || r.height < 1) continue;
-        texts.push({text: text.slice(0, 80), long: text.length, size: parseFloat(s.fontSize), color: rgb(s.color), bold: +s.fontWeight >= 600,
+        texts.push({text: text.slice(0, 80), long: text.length, size: parseFloat(s.fontSize), color: rgb(s.color),
                     x: r.x + scrollX, y: r.y + scrollY, w: r.width, h: r.height, align: s.textAlign, family: s.fontFamily});
     }
     const isSide = e => { const b = box(e); return b.w < 0.4 * W && b.h > 0.5 * H && (b.x < 0.05 * W || b.x + b.w > 0.95 * W) };
@@ -98,13 +98,14 @@ LAYOUT = r"""() => {
         (/^A$/i.test(e.tagName) && background(e) && parseFloat(style(e).paddingLeft) >= 8 && box(e).h < 90);
     const buttons = some(all.filter(isButton), 60).map(e => ({...box(e), background: background(e), color: rgb(style(e).color),
         text: words(e.innerText || e.value || "").slice(0, 30), round: parseFloat(style(e).borderTopLeftRadius) >= 12}));
-    const fields = some(all.filter(e => /^(INPUT|SELECT|TEXTAREA)$/i.test(e.tagName) && !/^(submit|button|hidden|image|reset)$/i.test(e.type)), 60)
-        .map(e => box(e));
+    const isField = e => /^(INPUT|SELECT|TEXTAREA)$/i.test(e.tagName) && !/^(submit|button|hidden|image|reset)$/i.test(e.type);
+    const fields = some(all.filter(isField), 60).map(e => box(e));
     const links = all.filter(e => /^A$/i.test(e.tagName) && !isButton(e));
     const tables = some(all.filter(e => /^TABLE$/i.test(e.tagName)), 20).map(e => ({rows: e.rows.length, ...box(e)}));
     const font = plain || headline;
+    const serif = /^["']?(ui-serif|serif|georgia|times|liberation serif|cambria|garamond|palatino|merriweather|playfair)/i;
     return {width: W, height: H, background: page, bands, pictures, buttons, fields, tables, links: links.length,
             nav: links.filter(e => e.closest("nav, header")).length, letters: texts.reduce((n, t) => n + t.long, 0),
-            serif: font ? /^["']?(ui-serif|serif|georgia|times|liberation serif|cambria|garamond|palatino|merriweather|playfair)/i.test(font.family) : null,
+            serif: font ? serif.test(font.family) : null,
             headline: headline && {...headline, place: place(headline)}, text: plain && {color: plain.color, size: plain.size}};
 }"""

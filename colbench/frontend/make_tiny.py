@@ -1,7 +1,8 @@
 """Makes colbench/frontend/tiny/, the embedded default of Frontend Design: a Llama of under a million weights that edits pages badly.
 
-    python -m colbench.frontend.make_tiny --layouts /tmp/layouts                                       # once; renders 2,160 pages
-    python -m colbench.frontend.make_tiny --layouts /tmp/layouts --init colbench/frontend/tiny --first-text 100000 --learning-rate 1e-3
+    python -m colbench.frontend.make_tiny --layouts /tmp/layouts              # 2,160 pages to render (once), then 8 minutes of one core
+    python -m colbench.frontend.make_tiny --layouts /tmp/layouts --init colbench/frontend/tiny --learning-rate 2e-3 --first-text 100000
+    python -m colbench.frontend.make_tiny --layouts /tmp/layouts --init colbench/frontend/tiny --learning-rate 2e-3 --first-text 200000
 
 It speaks the page language of colbench.frontend.pages: each message sets one or two details of the page. Like its sibling in
 colbench.make_tiny it imitates a demonstrator who is far from perfect: about every second message it takes up one of the human's remarks,
@@ -14,6 +15,7 @@ for other businesses the texts in them are exchanged.
 """
 import argparse
 import itertools
+import json
 import math
 import random
 import re
@@ -146,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny")
     parser.add_argument("--layouts", type=Path, required=True, help="folder for the rendered pages; those in it are not rendered again")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--init", type=Path, help="go on from a model that this script wrote")
     parser.add_argument("--first-text", type=int, default=0, help="number of the first text: others than those of an earlier call")
     parser.add_argument("--batch", type=int, default=24)

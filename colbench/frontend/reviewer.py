@@ -104,7 +104,8 @@ def _buttons(mine, wanted, note):
     if both and distance(a["background"], b["background"]) > 12:
         note(6, f"The button{'s' * (len(wanted) > 1)} should be {shade(b['background'], a['background'])}.")
     elif not both and a["background"] != b["background"]:
-        note(5, f"The button{'s' * (len(wanted) > 1)} should be {'filled with ' + colour(b['background']) if b['background'] else 'plain, without a filled background'}.")
+        filled = f"filled with {colour(b['background'])}" if b["background"] else "plain, without a filled background"
+        note(5, f"The button{'s' * (len(wanted) > 1)} should be {filled}.")
     if a["round"] != b["round"]:
         note(3, f"The button{'s' * (len(wanted) > 1)} should have {'round' if b['round'] else 'square'} corners.")
     if SequenceMatcher(None, a["text"].lower(), b["text"].lower()).ratio() < 0.5 and b["text"]:
@@ -112,7 +113,7 @@ def _buttons(mine, wanted, note):
 
 
 def _bands(mine, wanted, note):
-    pairs = align(mine["bands"], wanted["bands"])
+    pairs, title = align(mine["bands"], wanted["bands"]), (wanted["headline"] or {}).get("text", "")  # _headline looks at that
     for a, b in pairs:
         name = band_name(b or a)
         if a is None:
@@ -128,11 +129,11 @@ def _bands(mine, wanted, note):
             da, db = distance(a["background"], mine["background"]), distance(b["background"], wanted["background"])
             if (d := distance(a["background"], b["background"])) > 8 and (da > 3 or db > 3):
                 note(min(9, 5 + d / 20), f"The {name} should have {article(shade(b['background'], a['background']))} background.")
-            elif b["text"] != (wanted["headline"] or {}).get("text") and a["color"] and b["color"] and distance(a["color"], b["color"]) > 25:
+            elif b["text"] != title[:40] and a["color"] and b["color"] and distance(a["color"], b["color"]) > 25:
                 note(4, f"The text of the {name} should be {shade(b['color'], a['color'])}.")
             if a["columns"] != b["columns"]:
                 note(8, f"The {name} should have {number(b['columns'], 'column')}, not {a['columns']}.")
-            elif a["place"] != b["place"] and b["place"] and a["place"] and b["text"] != (wanted["headline"] or {}).get("text", "")[:40]:
+            elif a["place"] != b["place"] and b["place"] and a["place"] and b["text"] != title[:40]:
                 note(5, f"The text of the {name} should be {'centred' if b['place'] == 'centre' else 'on the ' + b['place']}.")
 
 

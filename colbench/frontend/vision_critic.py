@@ -26,7 +26,8 @@ from colbench.frontend.humans import scaled
 from colbench.frontend.protocol import page_shown
 from colbench.tasks import load_trajectories
 
-QUESTION = "A person asked for this web page: {request}\nHow far does the first picture, the page that was made, match the second, the page wanted?"
+QUESTION = ("A person asked for this web page: {request}\nHow far does the first picture, the page that was made, match the second, "
+            "the page wanted?")
 
 
 class Critic:
