@@ -128,6 +128,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.talk is not None and args.env == "frontend":
+        raise UserError("--talk is for Backend Programming: a terminal shows no pages")
     if args.talk is not None:
         return talk(args)
     if args.compare:
@@ -260,7 +262,7 @@ def bootstrap(values: list[float]) -> tuple[float, float]:
     return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
 
 
-def metrics_of(lines: list[dict], flawed: dict) -> dict:
+def metrics_of(lines: list[dict], flawed: dict = ()) -> dict:
     """All that is reported about one policy. Rates leave out dialogues that ended in an error; these are counted.
 
     turns: agent messages an episode. tokens_a_message: as the agent's model counts them. answered_at_limit: share of episodes
@@ -288,11 +290,9 @@ def metrics_of(lines: list[dict], flawed: dict) -> dict:
     }
 
 
-def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model=None) -> None:
-    """Write metrics.json and report.html and print the table. model: the base model's weights, if they are in memory."""
-    if args.env == "frontend":
-        return frontend_report(args, lines, order)
-    wanted, results, audit = set(order), {}, flaws(tasks, args.metrics, args.allow_weak_sandbox)
+def tables(args, tasks: list[dict], lines: list[dict], wanted: set) -> dict:
+    """Write metrics.json and print the table. Returns {policy: metrics}."""
+    results, audit = {}, flaws(tasks, args.metrics, args.allow_weak_sandbox)
     for policy in args.names.values():
         results[policy] = metrics_of([x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted],
                                      audit["flawed"])
@@ -309,6 +309,13 @@ def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model
               f"{m['answered_at_limit']:8.1%}  {m['leak_rate']:5.1%}  {m['episodes']:5d}  {m['errors']:6d}")
     print(f"\n{len(tasks) - len(audit['flawed'])} of {len(tasks)} tasks are clean (python -m colbench.audit lists the others); "
           "success on these: " + ", ".join(f"{policy} {m['clean_tasks']['success']:.1%}" for policy, m in results.items()))
+    return results
+
+
+def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model=None) -> None:
+    """Write metrics.json and report.html and print what came out. model: the base model's weights, if they are in memory."""
+    wanted = set(order)
+    results = frontend_report(args, lines, order) if args.env == "frontend" else tables(args, tasks, lines, wanted)
     lines = [x for x in lines if (x["policy"], x["id"], x["sample"]) in wanted]
     if args.critic and args.best_of == 1:
         add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,

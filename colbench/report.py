@@ -141,6 +141,8 @@ def unfinished(episodes: list[dict]) -> dict:
     if not scored:
         return {}
     from evaluate import metrics_of  # here, not above: it brings torch, and evaluate.py calls this module
+    if any("similarity" in (line.get("scores") or {}) for line in scored):
+        from colbench.frontend.environment import metrics_of
     return {policy: metrics_of([line for line in scored if line["policy"] == policy])
             for policy in dict.fromkeys(line["policy"] for line in scored)}
 
@@ -288,7 +290,8 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
     """One line of episodes.jsonl or trajectories.jsonl as the page shows it. credit: the turns of its line in advantages.jsonl;
     ranked: {turn: line of preferences.jsonl}."""
     task = line["task"]
-    number = task_number(data, index, task, line.get("id") or task.get("id") or "", base)
+    number = task_number(data, index, task, line.get("id") or task.get("id") or "", base,
+                         (line.get("scores") or {}).get("reference_screenshot"))
     turns, n = [], 0
     for message in line["dialogue_history"]:
         turn = {"role": message["role"], **cut(message["content"])}
@@ -316,9 +319,12 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
                     turn["candidates"] = ranking(*zip(*credit[n - 1]["candidates"]), message)
         if message.get("leaked"):
             turn["leaked"] = True
-        if message.get("picture"):
-            turn["picture"] = address(message["picture"], base)
+        if message.get("screenshot"):  # Frontend Design: the page that the human replies to
+            turn["picture"] = address(message["screenshot"], base)
         turns.append(turn)
+    scores = line.get("scores") or {}
+    if scores.get("screenshot"):
+        turns[-1]["picture"] = address(scores["screenshot"], base)
     system = line.get("system")
     if system is not None:
         if system not in index["systems"]:
@@ -330,7 +336,7 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
                "leaked": any("leaked" in turn for turn in turns)}
     if line.get("error") or episode["outcome"].startswith("error"):  # the dialogue broke off
         episode["error"] = cut(line.get("error") or line["outcome"])["text"]
-    fixed, official = (line.get("scores") or {}).get("fixed"), (line.get("scores") or {}).get("official")
+    fixed, official = scores.get("fixed"), scores.get("official")
     if isinstance(fixed, dict) and "total" in fixed:
         episode |= {"solved": 0 < fixed["total"] == fixed["passed"], "share": f"{fixed['passed']}/{fixed['total']}",
                     "verdicts": fixed.get("calls"), "got": short_texts(fixed.get("got")), "note": line["scores"].get("note")}
@@ -347,13 +353,12 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
     return episode
 
 
-def task_number(data, index, task: dict, name: str, base: str) -> int:
+def task_number(data, index, task: dict, name: str, base: str, picture=None) -> int:
     """The place of a task among the report's, each kept once."""
     key = (name, task["problem_description"], task.get("ground_truth") or "")
     if key not in index["tasks"]:
         index["tasks"][key] = len(data["tasks"])
         calls = task.get("test_cases")
-        picture = task.get("reference_picture")
         data["tasks"].append({
             "description": cut(task["problem_description"])["text"], "reference": cut(task.get("ground_truth"))["text"] or "",
             "calls": short_texts(calls.values()) if isinstance(calls, dict) else [],

@@ -170,10 +170,11 @@ def test_comments_do_not_count_as_differences(browser, tmp_path):
 def test_hostile_texts_do_nothing(browser, tmp_path, long):
     text = HOSTILE + "a<b>" * 250_000 * long
     odd = episode("h<i>", f"</script>{HOSTILE}", 1, [text], answer=text, outcome="answered", system=text)
-    odd["task"] |= {"problem_description": text, "ground_truth": text, "reference_picture": "javascript:alert(1).png"}
+    odd["task"] |= {"problem_description": text, "ground_truth": text, }
+    odd["scores"] |= {"reference_screenshot": "javascript:alert(1).png"}
     odd["task"]["test_cases"] = {HOSTILE: text}
     odd["dialogue_history"][1] |= {"candidates": [text, HOSTILE], "advantages": [0.5, float("nan")], "output": "think " + text + "OUTPUT:" + text,
-                                   "picture": "http://example.com/leak.png"}
+                                   "screenshot": "http://example.com/leak.png"}
     odd["scores"]["fixed"] |= {"expected": [HOSTILE], "got": [HOSTILE]}
     write_lines(tmp_path / "episodes.jsonl", [odd, odd | {"sample": 1, "outcome": "error: " + text, "error": text}])
     write_lines(tmp_path / "critic_log.jsonl", [{"step": 0, "loss": float("nan"), "margin": 1.0}])
@@ -200,7 +201,7 @@ def test_pictures_are_shown_and_only_files_of_the_run(browser, tmp_path):
     for name in ("a #1.png", "r.png"):
         (shots / name).write_bytes(pixel)
     odd = episode("p", "base", 1)
-    odd["dialogue_history"][1]["picture"], odd["task"]["reference_picture"] = "shots/r.png", "shots/r.png"
+    odd["dialogue_history"][1]["screenshot"], odd["scores"]["reference_screenshot"] = "shots/r.png", "shots/r.png"
     write_lines(tmp_path / "run" / "episodes.jsonl", [odd])
     report = Watched(browser, write_report(tmp_path / "elsewhere" / "report.html", [tmp_path / "run"]))
     report.page.wait_for_function("[...document.images].length === 2 && [...document.images].every(i => i.complete && i.naturalWidth === 1)")

@@ -9,6 +9,7 @@ import numpy as np
 from colbench.files import UserError, read_jsonl, write_aside
 from colbench.frontend.browser import Renderer
 from colbench.frontend.humans import make_page_human
+from colbench.server import shown
 from colbench.frontend.protocol import EDITS_PROMPT, PAGE_PROMPT, final_page, page_shown
 from colbench.frontend.reward import make_measure
 
@@ -146,7 +147,7 @@ def load_opponent(path: str) -> list[dict]:
     return lines
 
 
-def metrics_of(lines: list[dict], opponent: list[dict] | None) -> dict:
+def metrics_of(lines: list[dict], opponent: list[dict] | None = None) -> dict:
     """All that is reported about one policy; episodes that ended in an error are left out and counted."""
     sound = [line for line in lines if "scores" in line]
     values, n = [line["scores"]["similarity"] for line in sound], max(1, len(sound))
@@ -161,15 +162,15 @@ def metrics_of(lines: list[dict], opponent: list[dict] | None) -> dict:
     return result | ({"against": win_rate(sound, opponent)} if opponent is not None else {})
 
 
-def report(args, lines: list[dict], order: list[tuple]) -> None:
-    """Write metrics.json and print the table. The opponent of the win rate: --against, else the first policy of this run."""
+def report(args, lines: list[dict], order: list[tuple]) -> dict:
+    """Write metrics.json and print the table; returns {policy: metrics}. The opponent of the win rate: --against, else the first policy of this run."""
     wanted = set(order)
     of = {policy: [x for x in lines if x["policy"] == policy and (policy, x["id"], x["sample"]) in wanted]
           for policy in args.names.values()}
     first = next(iter(of))
     opponent = load_opponent(args.against) if args.against else of[first]
     results = {policy: metrics_of(of[policy], opponent if args.against or policy != first else None) for policy in of}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {name: str(value) if isinstance(value, Path) else shown(value) for name, value in vars(args).items()}
     text = json.dumps({"settings": settings, "opponent": args.against or first, "policies": results}, indent=1)
     write_aside(args.metrics, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     width = max(len(policy) for policy in results)
@@ -185,4 +186,5 @@ def report(args, lines: list[dict], order: list[tuple]) -> None:
               f"{m['answered_at_limit']:8.1%}  {m['no_page']:7.1%}  {m['episodes']:4d}  {m['errors']:6d}")
     if len({r for m in results.values() for r in m["renderer"]} | {x["scores"]["renderer"] for x in opponent if "scores" in x}) > 1:
         print("warning: these episodes were rendered by different browsers, flags or fonts; their similarities do not compare")
-    print(f"\n{args.episodes} has every dialogue, {args.episodes.parent / 'screenshots'} every picture, {args.metrics} every number")
+    print(f"\n{args.episodes.parent / 'screenshots'} has every picture")
+    return results
