@@ -320,7 +320,7 @@ def report(args, tasks: list[dict], lines: list[dict], order: list[tuple], model
     if args.critic and args.best_of == 1:
         add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
                    load_tokenizer(args.model), model)
-    page = write_report(args.metrics.with_name("report.html"), [args.run], results, lines)
+    page = write_report(shard_path(args.metrics.with_name("report.html"), args.shard), [args.run], results, lines)
     print(f"{args.episodes} has every dialogue, {args.metrics} every number; to look at: {page}")
     critic = Path(args.run) / "critic"
     if args.shard[1] > 1:
