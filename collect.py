@@ -111,7 +111,7 @@ def main():
     done = {(line["id"], line["sample"]): line for line in lines}
     missing = [key for key in order if key not in done]
     if not missing:
-        if list(done) != order:  # killed before the last step, or shards put together
+        if list(done) != order or not order:  # killed before the last step, shards put together, an empty shard
             rewrite(args.trajectories, lines, order)
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
         return
