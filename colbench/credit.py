@@ -24,13 +24,20 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     folder `critic`. Returns the new rows.
 
     base: name of the base model, π_ref. model: its weights, if they are in memory. Both π_θ and π_ref read c, the hidden
-    reference, in the prompt. Candidates of a turn (`candidates` in its message) are scored too. Interrupted, it goes on.
+    reference, in the prompt, unless the critic was trained with --no-hidden-info. Candidates of a turn (`candidates` in its
+    message) are scored too. Interrupted, it goes on.
     """
-    settings = Path(critic, "training_args.json")
-    settings = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-    if settings.get("critic") in ("regression", "value") or settings.get("no_hidden_info") or settings.get("no_length_norm"):
-        raise UserError(f"--critic {critic}: the report shows the advantages (1), which this critic does not compute")
     from train_critic import advantage, with_hidden_info  # here, not above: equation (1) and the place of c stand in that script
+
+    how = Path(critic) / "training_args.json"
+    how = json.loads(how.read_text(encoding="utf-8")) if how.exists() else {}
+    if how.get("critic") in ("regression", "value"):
+        raise UserError(f"{critic}: a {how['critic']} critic gives one number a message by its head, no log-ratios of "
+                        "tokens; the report shows critics of train_critic.py --critic logprob")
+    length_norm = not how.get("no_length_norm")
+
+    def seen(messages, reference):
+        return messages if how.get("no_hidden_info") else with_hidden_info(messages, reference)
 
     there = [row for row in repair_jsonl(path) if row["critic"] == str(critic)] if path else []  # another critic's are made anew
     done = {(row["policy"], row["id"], row["sample"]) for row in there}
@@ -40,7 +47,7 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     critic_model = put_adapter(model, str(critic)) if model is not None else load_model(base, load_in_4bit, adapter=str(critic))
     whole = not isinstance(critic_model, PeftModel)  # after full fine-tuning π_ref is a model of its own
     reference = load_model(base, load_in_4bit) if whole else critic_model
-    trees = [tree_of(tokenizer, line, with_hidden_info) for line in todo]
+    trees = [tree_of(tokenizer, line, seen) for line in todo]
     if path:
         write_aside(path, lambda temporary: [temporary.touch(), *(append_jsonl(temporary, row) for row in there)])
     rows, bar = [], tqdm(total=len(todo), desc="credit", unit="episode")
@@ -56,11 +63,12 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
             row = {"policy": line["policy"], "id": line["id"], "sample": line["sample"], "critic": str(critic), "turns": []}
             said = [message for message in line["dialogue_history"] if message["role"] == "assistant"]
             for message, theta, ref in zip(said, *turns):
-                turn = {"advantage": rounded(advantage(theta, ref)),
+                turn = {"advantage": rounded(advantage(theta, ref, length_norm)),
                         "ratios": list(zip(token_ends(tokenizer, message["content"].strip()), map(rounded, theta - ref)))}
                 if message.get("candidates"):
                     texts = dict.fromkeys(message["candidates"])
-                    turn["candidates"] = [(text, rounded(advantage(*both))) for text, both in zip(texts, zip(*states.pop(0)))]
+                    turn["candidates"] = [(text, rounded(advantage(*both, length_norm)))
+                                          for text, both in zip(texts, zip(*states.pop(0)))]
                 row["turns"].append(turn)
             rows.append(row)
             if path:
@@ -70,23 +78,25 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     return rows
 
 
-def tree_of(tokenizer, line, with_hidden_info) -> list[tuple]:
-    """The trees (see message_logps) of an episode: the dialogue with its agent turns, then each state that has candidates."""
+def tree_of(tokenizer, line, seen) -> list[tuple]:
+    """The trees (see message_logps) of an episode, its prompts as `seen`(messages, reference) by the critic: the dialogue
+    with its agent turns, then each state that has candidates."""
     history, reference = line["dialogue_history"], line["task"]["ground_truth"]
 
     def prompt(i):
-        return encode_dialogue(tokenizer, with_hidden_info(prompt_messages(line["system"], history[:i]), reference))
+        return encode_dialogue(tokenizer, seen(prompt_messages(line["system"], history[:i]), reference))
     trees, end_id = [(*prompt(len(history)), [])], end_of_turn(tokenizer)
     for i, message in enumerate(history):
         if message["role"] == "assistant" and message.get("candidates"):
-            trees.append((prompt(i)[0], [], [message_ids(tokenizer, text, end_id) for text in dict.fromkeys(message["candidates"])]))
+            leaves = [message_ids(tokenizer, text, end_id) for text in dict.fromkeys(message["candidates"])]
+            trees.append((prompt(i)[0], [], leaves))
     return trees
 
 
 def token_ends(tokenizer, content: str) -> list[int]:
     """Where each token of message_ids ends in `content`, in characters; the end-of-turn token ends behind the last."""
-    offsets = tokenizer(content, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
-    return [end for _, end in offsets] + [len(content)]
+    encoded = tokenizer(content, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    return [end for _, end in encoded["offset_mapping"]] + [len(content)]
 
 
 def rounded(value) -> float:

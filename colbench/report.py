@@ -34,13 +34,16 @@ CURVES = ("loss", "rewards/accuracies", "margin", "rewards/chosen", "rewards/rej
 COLUMNS = {  # metric -> (heading, what it means); others are shown under their own name
     "success": ("success", "share of episodes in which every hidden test call passed"),
     "tests_passed": ("tests passed", "share of hidden test calls passed, mean over episodes"),
+    "similarity": ("similarity", "of the answer's picture to the reference's, cosine, mean over episodes"),
+    "win_rate": ("win rate", "share of answers closer to the reference than the opponent's; ties count half"),
+    "no_page": ("no page", "share of answers that could not be rendered"),
     "turns": ("turns", "agent messages an episode"),
     "tokens_a_message": ("tokens a message", "as the agent's model counts them"),
     "answered_at_limit": ("at the limit", "share of episodes whose last turn came without the answer marker"),
     "leak_rate": ("leaks", "share of human replies whose first draft held code of the reference"),
     "episodes": ("episodes", "episodes that ended without an error"), "errors": ("errors", "dialogues that broke off"),
 }
-PERCENT = {"success", "tests_passed", "answered_at_limit", "leak_rate", "win_rate"}
+PERCENT = {"success", "tests_passed", "answered_at_limit", "leak_rate", "win_rate", "wins", "ties", "no_page"}
 
 
 def write_report(output, runs, metrics=None, episodes=None) -> Path:
@@ -73,10 +76,11 @@ def write_report(output, runs, metrics=None, episodes=None) -> Path:
                         for a in [t.get("advantage"), *(c[1] for c in t.get("candidates", []))] if a is not None)
     data["scale"] = advantages[int(0.95 * (len(advantages) - 1))] if advantages else 1.0  # full colour from here on
     data["first"] = first_shown(data["episodes"])
-    data["intro"].append("An agent talks with a simulated human who alone knows the reference; only the final answer is scored, "
-                         "by hidden test calls." + (" The signed number beside a message is its advantage A(o, a, c): how much "
-                         "likelier, per token, the critic that sees the reference finds it than the base model does."
-                         if advantages else ""))
+    scored = "likeness of its picture" if any("measure" in episode for episode in data["episodes"]) else "hidden test calls"
+    data["intro"].append("An agent talks with a simulated human who alone knows the reference; only the final answer is scored, by "
+                         f"{scored}." + (" The signed number beside a message is its advantage A(o, a, c): how much likelier, per "
+                                         "token, the critic that sees the reference finds it than the base model does."
+                                         if advantages else ""))
     page = PAGE.read_text(encoding="utf-8")
     script = re.findall(r"<script>(.*?)</script>", page, re.S)[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -130,8 +134,10 @@ def rows_so_far(path: Path) -> list[dict]:
 def metrics_so_far(run: Path, episodes: list[dict]) -> dict:
     """{policy: metrics} of metrics.json, or where an evaluation is still going on, from its episodes."""
     path = run / "metrics.json"
+    if not path.exists():
+        return unfinished(episodes)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["policies"]) if path.exists() else unfinished(episodes)
+        return dict(json.loads(path.read_text(encoding="utf-8"))["policies"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not what evaluate.py writes; delete it and run evaluate.py again") from None
 
@@ -140,11 +146,17 @@ def unfinished(episodes: list[dict]) -> dict:
     scored = [line for line in episodes if "policy" in line]
     if not scored:
         return {}
-    from evaluate import metrics_of  # here, not above: it brings torch, and evaluate.py calls this module
-    if any("similarity" in (line.get("scores") or {}) for line in scored):
-        from colbench.frontend.environment import metrics_of
-    return {policy: metrics_of([line for line in scored if line["policy"] == policy])
-            for policy in dict.fromkeys(line["policy"] for line in scored)}
+    from colbench.frontend.environment import metrics_of as page_metrics  # here, not above: these call this module
+    from evaluate import metrics_of
+    found = {}
+    for policy in dict.fromkeys(line["policy"] for line in scored):
+        of = [line for line in scored if line["policy"] == policy]
+        if any("similarity" in line.get("scores", {}) for line in of):
+            found[policy] = page_metrics(of, None)
+        else:
+            found[policy] = metrics_of(of, {})
+            found[policy].pop("clean_tasks")  # which tasks are clean is known when the evaluation is done
+    return found
 
 
 def table(tables: list[tuple[str, dict]]) -> dict:
@@ -153,7 +165,8 @@ def table(tables: list[tuple[str, dict]]) -> dict:
     for name, metrics in tables:
         flat = {}
         for key, value in metrics.items():
-            for mode, group in [(key, value)] if isinstance(value, dict) else [("", {key: value, f"{key}_95": metrics.get(f"{key}_95")})]:
+            single = {key: value, f"{key}_95": metrics.get(f"{key}_95")}
+            for mode, group in [(key.replace("_", " "), value) if isinstance(value, dict) else ("", single)]:
                 for metric, number in group.items():
                     if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
                         flat[metric, mode] = (number, group.get(f"{metric}_95"))
@@ -175,7 +188,8 @@ def table(tables: list[tuple[str, dict]]) -> dict:
     for metric in dict.fromkeys(metric for metric, _ in keys):
         columns = [i for i, key in enumerate(keys) if key[0] == metric]
         if any(row["cells"][i] and row["cells"][i]["interval"] for row in rows for i in columns):
-            charts.append({"title": COLUMNS.get(metric, (metric.replace("_", " "),))[0].capitalize() + ", 95 % interval", "columns": columns})
+            title = COLUMNS.get(metric, (metric.replace("_", " "),))[0].capitalize()
+            charts.append({"title": f"{title}, 95 % interval", "columns": columns})
     columns = [{"label": " \u00b7 ".join(filter(None, (COLUMNS.get(m, (m.replace("_", " "),))[0], mode))), "mode": mode,
                 "help": COLUMNS.get(m, (m, m))[1]} for m, mode in keys]
     modes = {mode for _, mode in keys}
@@ -220,7 +234,8 @@ def curve(stage: str, label: str, rows: list[dict]) -> dict:
         facts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
     if last.get("peak_memory_gb"):
         facts.append(f"peak memory {last['peak_memory_gb']:.1f} GB")
-    return {"stage": stage, "label": label, "steps": [row["step"] for row in rows[::size]], "values": values, "note": ", ".join(facts)}
+    steps = [row["step"] for row in rows[::size]]
+    return {"stage": stage, "label": label, "steps": steps, "values": values, "note": ", ".join(facts)}
 
 
 def mean(values: list) -> float | None:
@@ -275,13 +290,13 @@ def add_training(data, index, files, prefix, run, base, room) -> None:
     if not lines:
         source, lines = prefix + "preferences", [
             {"id": row["id"], "sample": row["sample"], "outcome": "", "system": row["messages"][0]["content"], "answer": None,
-             "task": {"id": row["id"], "problem_description": row["messages"][1]["content"], "ground_truth": "", "test_cases": {}},
+             "task": {"problem_description": row["messages"][1]["content"], "ground_truth": "", "test_cases": {}},
              "dialogue_history": row["messages"][1:] + [{"role": "assistant", "content": None}]}
             for of_trajectory in ranked.values() for row in of_trajectory.values()]
     lines = sorted(lines, key=lambda line: (line.get("id"), line.get("sample")) not in ranked)
     shown = fill(data, room, [
-        lambda line=line: shown_episode(data, index, line, source, base, None, ranked.get((line.get("id"), line.get("sample")), {}))
-        for line in lines[:MAX_TRAINING]])
+        lambda line=line: shown_episode(data, index, line, source, base, None,
+                                        ranked.get((line.get("id"), line.get("sample")), {})) for line in lines[:MAX_TRAINING]])
     if shown < len(lines):
         data["notes"].append(f"{prefix}{shown} of {len(lines)} training dialogues are shown, those with ranked candidates first.")
 
@@ -290,8 +305,7 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
     """One line of episodes.jsonl or trajectories.jsonl as the page shows it. credit: the turns of its line in advantages.jsonl;
     ranked: {turn: line of preferences.jsonl}."""
     task = line["task"]
-    number = task_number(data, index, task, line.get("id") or task.get("id") or "", base,
-                         (line.get("scores") or {}).get("reference_screenshot"))
+    number = task_number(data, index, task, line.get("id") or task.get("id") or "", base)
     turns, n = [], 0
     for message in line["dialogue_history"]:
         turn = {"role": message["role"], **cut(message["content"])}
@@ -319,27 +333,31 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
                     turn["candidates"] = ranking(*zip(*credit[n - 1]["candidates"]), message)
         if message.get("leaked"):
             turn["leaked"] = True
-        if message.get("screenshot"):  # Frontend Design: the page that the human replies to
+        if message.get("screenshot"):
             turn["picture"] = address(message["screenshot"], base)
         turns.append(turn)
     scores = line.get("scores") or {}
     if scores.get("screenshot"):
         turns[-1]["picture"] = address(scores["screenshot"], base)
+    if scores.get("reference_screenshot"):
+        data["tasks"][number]["picture"] = address(scores["reference_screenshot"], base)
     system = line.get("system")
     if system is not None:
         if system not in index["systems"]:
             index["systems"][system] = len(data["systems"])
             data["systems"].append(cut(system)["text"])
         system = index["systems"][system]
-    episode = {"source": source, "task": number, "name": line.get("id") or "", "sample": line.get("sample") or 0, "system": system,
-               "outcome": str(line.get("outcome") or "answered")[:200], "reward": line.get("reward"), "solved": None, "turns": turns,
-               "leaked": any("leaked" in turn for turn in turns)}
+    episode = {"source": source, "task": number, "name": line.get("id") or "", "sample": line.get("sample") or 0,
+               "system": system, "outcome": str(line.get("outcome") or "answered")[:200], "reward": line.get("reward"),
+               "solved": None, "turns": turns, "leaked": any("leaked" in turn for turn in turns)}
     if line.get("error") or episode["outcome"].startswith("error"):  # the dialogue broke off
         episode["error"] = cut(line.get("error") or line["outcome"])["text"]
     fixed, official = scores.get("fixed"), scores.get("official")
+    if isinstance(scores.get("similarity"), (int, float)):
+        episode |= {"share": f"{scores['similarity']:.3f}", "measure": scores.get("measure"), "note": scores.get("note")}
     if isinstance(fixed, dict) and "total" in fixed:
         episode |= {"solved": 0 < fixed["total"] == fixed["passed"], "share": f"{fixed['passed']}/{fixed['total']}",
-                    "verdicts": fixed.get("calls"), "got": short_texts(fixed.get("got")), "note": line["scores"].get("note")}
+                    "verdicts": fixed.get("calls"), "got": short_texts(fixed.get("got")), "note": scores.get("note")}
         expected = short_texts(fixed.get("expected"))
         if data["tasks"][number].setdefault("expected", expected) != expected:
             episode["expected"] = expected
@@ -353,7 +371,7 @@ def shown_episode(data, index, line, source, base, credit, ranked) -> dict:
     return episode
 
 
-def task_number(data, index, task: dict, name: str, base: str, picture=None) -> int:
+def task_number(data, index, task: dict, name: str, base: str) -> int:
     """The place of a task among the report's, each kept once."""
     key = (name, task["problem_description"], task.get("ground_truth") or "")
     if key not in index["tasks"]:
@@ -362,7 +380,7 @@ def task_number(data, index, task: dict, name: str, base: str, picture=None) -> 
         data["tasks"].append({
             "description": cut(task["problem_description"])["text"], "reference": cut(task.get("ground_truth"))["text"] or "",
             "calls": short_texts(calls.values()) if isinstance(calls, dict) else [],
-            "picture": address(picture, base) if picture else None})
+            "picture": None})
     return index["tasks"][key]
 
 

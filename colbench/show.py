@@ -64,8 +64,10 @@ def training_plan(title: str, args, model, steps: int, first: int, batch: str, t
     """The block of a training script. first: steps done by an interrupted run; tokens: of all epochs."""
     plan(title, {
         "model": model_row(model, args.model, training=True),
-        "steps": f"{steps} of {batch}, {args.epochs} epochs, learning rate {args.learning_rate:g}" + f", {first} are done" * (first > 0),
-        "tokens": f"about {count(tokens)} in all", "memory": training_memory(model, args.tokens_per_step, args.gradient_checkpointing),
+        "steps": f"{steps} of {batch}, {args.epochs} epochs, learning rate {args.learning_rate:g}"
+                 + f", {first} are done" * (first > 0),
+        "tokens": f"about {count(tokens)} in all",
+        "memory": training_memory(model, args.tokens_per_step, args.gradient_checkpointing),
         "output": f"{output}; curves at any time: python -m colbench.report {args.run}"})
 
 

@@ -78,7 +78,7 @@ def talk(args) -> None:
     append_jsonl(path, episode)
     print(f"\nagent {len(turns)}, the answer:\n{indented(episode['answer'])}\n")
     for call, verdict, expected, got in zip(task["test_cases"].values(), fixed["calls"], fixed["expected"], fixed["got"]):
-        wrong = "" if verdict == "passed" else f", got {got}"
+        wrong = "" if verdict == "passed" or got is None else f", got {got}"
         print(f"    {verdict:9}  {indented(call).strip()} = {expected}{wrong}")
     leaked = sum(m.get("leaked", False) for m in episode["dialogue_history"])
     print(f"\n{fixed['passed']} of {fixed['total']} tests passed (official scorer: {result['official']['passed']}): "

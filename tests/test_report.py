@@ -26,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM = os.environ.get("COLBENCH_CHROMIUM") or next(filter(None, map(shutil.which, (
     "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 HOSTILE = ("<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 2'></textarea><!-- </title>\u2028"
-           "<svg onload=alert(1)> \u202eevil\u202c \ud800 \x00 [x](javascript:alert(1)) http://example.com/leak ${window.pwned=3} ]]>")
+           "<svg onload=alert(1)> \u202eevil\u202c \ud800 \x00 [x](javascript:alert(1)) http://example.com/leak "
+           "${window.pwned=3} ]]>")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,8 @@ def episode(name, policy, passed, texts=("What is added?",), answer="def f(x):\n
     history = [{"role": "user", "content": f"Please write f for {name}."}]
     for text in texts:
         history += [{"role": "assistant", "content": text, "output": text, "tokens": 4}, {"role": "user", "content": "One."}]
-    history.append({"role": "assistant", "content": "I WANT TO ANSWER:\n" + answer, "output": "I WANT TO ANSWER:\n" + answer, "tokens": 9})
+    last = "I WANT TO ANSWER:\n" + answer
+    history.append({"role": "assistant", "content": last, "output": last, "tokens": 9})
     return {"id": name, "sample": 0, "policy": policy, "task": task(name), "system": "Ask.", "dialogue_history": history,
             "answer": answer, "outcome": "answered", "reward": passed / 2, "scores": {"sandbox": "strict", "fixed": {
                 "passed": passed, "total": 2, "calls": ["passed"] * passed + ["wrong"] * (2 - passed), "expected": ["2", "'<i>'"],
@@ -103,14 +105,16 @@ def run(tmp_path):
     rows[1] |= {"outcome": "limit"}
     rows[2]["dialogue_history"][2]["leaked"] = True
     broken = {key: rows[3][key] for key in ("id", "sample", "policy", "task", "system")}
-    rows[3] = broken | {"dialogue_history": rows[3]["dialogue_history"][:1], "answer": None, "outcome": "error: agent: TimeoutError: 1"}
+    rows[3] = broken | {"dialogue_history": rows[3]["dialogue_history"][:1], "answer": None,
+                        "outcome": "simulation_failed", "error": "agent: TimeoutError: 1"}
     write_lines(tmp_path / "episodes.jsonl", rows)
     return tmp_path
 
 
 def test_table_filter_and_search(browser, run):
     rows = [json.loads(line) for line in open(run / "episodes.jsonl")]
-    path = write_report(run / "report.html", [run], {p: metrics_of([r for r in rows if r["policy"] == p]) for p in ("base", "runs/x/policy")})
+    metrics = {p: metrics_of([r for r in rows if r["policy"] == p], {}) for p in ("base", "runs/x/policy")}
+    path = write_report(run / "report.html", [run], metrics)
     for scheme, width in (("light", 1200), ("dark", 390)):
         report = Watched(browser, path, viewport={"width": width, "height": 800}, color_scheme=scheme)
         page = report.page
@@ -121,7 +125,8 @@ def test_table_filter_and_search(browser, run):
         base, policy = table.split("runs/x/policy")
         assert "10.3 %" in base and "33.3 %" in policy  # 3 of 29 sound episodes, 10 of 30
         assert "success · fixed" in table and "success · official" in table and " .. " in table
-        counted = {chip: int(page.locator(f"#kind-{chip} span").inner_text()) for chip in ("all", "solved", "failed", "limit", "leaked", "error")}
+        chips = ("all", "solved", "failed", "limit", "leaked", "error")
+        counted = {chip: int(page.locator(f"#kind-{chip} span").inner_text()) for chip in chips}
         assert counted == {"all": 60, "solved": 13, "failed": 46, "limit": 1, "leaked": 1, "error": 1}
         for chip, n in counted.items():
             page.click(f"#kind-{chip}")
@@ -170,12 +175,12 @@ def test_comments_do_not_count_as_differences(browser, tmp_path):
 def test_hostile_texts_do_nothing(browser, tmp_path, long):
     text = HOSTILE + "a<b>" * 250_000 * long
     odd = episode("h<i>", f"</script>{HOSTILE}", 1, [text], answer=text, outcome="answered", system=text)
-    odd["task"] |= {"problem_description": text, "ground_truth": text, }
-    odd["scores"] |= {"reference_screenshot": "javascript:alert(1).png"}
+    odd["task"] |= {"problem_description": text, "ground_truth": text, "screenshot": "x"}
     odd["task"]["test_cases"] = {HOSTILE: text}
-    odd["dialogue_history"][1] |= {"candidates": [text, HOSTILE], "advantages": [0.5, float("nan")], "output": "think " + text + "OUTPUT:" + text,
-                                   "screenshot": "http://example.com/leak.png"}
+    odd["dialogue_history"][1] |= {"candidates": [text, HOSTILE], "advantages": [0.5, float("nan")],
+                                   "output": "think " + text + "OUTPUT:" + text, "screenshot": "http://example.com/leak.png"}
     odd["scores"]["fixed"] |= {"expected": [HOSTILE], "got": [HOSTILE]}
+    odd["scores"]["reference_screenshot"] = "javascript:alert(1).png"
     write_lines(tmp_path / "episodes.jsonl", [odd, odd | {"sample": 1, "outcome": "error: " + text, "error": text}])
     write_lines(tmp_path / "critic_log.jsonl", [{"step": 0, "loss": float("nan"), "margin": 1.0}])
     metrics = {f"</script>{HOSTILE}": {"episodes": 1, HOSTILE: 1.5, "success": float("nan")}}
@@ -185,7 +190,8 @@ def test_hostile_texts_do_nothing(browser, tmp_path, long):
     for button in report.page.locator("#detail .link").all():
         button.click()
     shown = report.page.locator("#detail .turn").nth(1).inner_text()
-    assert "<script>window.pwned = 1</script>" in shown and "</textarea>" in shown and "\\u202eevil\\u202c \\ud800 \\u0000" in shown
+    assert "<script>window.pwned = 1</script>" in shown and "</textarea>" in shown
+    assert "\\u202eevil\\u202c \\ud800 \\u0000" in shown
     assert ("more characters" in shown) == long
     assert report.page.locator("#detail img").count() == 0 and report.page.locator("#detail script, #detail svg").count() == 0
     report.page.click("#kind-error")
@@ -198,16 +204,22 @@ def test_pictures_are_shown_and_only_files_of_the_run(browser, tmp_path):
     shots.mkdir(parents=True)
     pixel = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010806000000"
                           "1f15c4890000000d49444154789c63606060f80f00010401005fe5c34b0000000049454e44ae426082")
-    for name in ("a #1.png", "r.png"):
+    for name in ("a 1.png", "r.png"):
         (shots / name).write_bytes(pixel)
     odd = episode("p", "base", 1)
-    odd["dialogue_history"][1]["screenshot"], odd["scores"]["reference_screenshot"] = "shots/r.png", "shots/r.png"
+    odd["dialogue_history"][1]["screenshot"] = "shots/r.png"
+    odd["scores"] = {"similarity": 0.125, "measure": "pixel similarity", "renderer": "x", "screenshot": "shots/a 1.png",
+                     "reference_screenshot": "shots/r.png"}
     write_lines(tmp_path / "run" / "episodes.jsonl", [odd])
     report = Watched(browser, write_report(tmp_path / "elsewhere" / "report.html", [tmp_path / "run"]))
-    report.page.wait_for_function("[...document.images].length === 2 && [...document.images].every(i => i.complete && i.naturalWidth === 1)")
-    report.close(requests=2)  # the file and, once, the picture
+    report.page.wait_for_function(
+        "document.images.length === 4 && [...document.images].every(i => i.complete && i.naturalWidth === 1)")
+    assert [c.inner_text() for c in report.page.locator(".pictures figcaption").all()] == ["this turn", "reference"] * 2
+    assert "pixel similarity 0.125" in report.page.locator("#detail").inner_text()
+    report.close(requests=3)  # the file and the two pictures
     assert address("shots/r 1.png", ".") == "shots/r%201.png" and address("shots/r.png", "../run") == "../run/shots/r.png"
-    for bad in ("/etc/x.png", "../x.png", "a/../../x.png", "http://a/x.png", "//a/x.png", "data:x.png", "a\\b.png", "x.svg", "x.png?y", ""):
+    for bad in ("/etc/x.png", "../x.png", "a/../../x.png", "http://a/x.png", "//a/x.png", "data:x.png", "a\\b.png", "x.svg",
+                "x.png?y", ""):
         assert address(bad, ".") is None, bad
 
 
@@ -239,7 +251,8 @@ def test_training_run_shows_ranked_candidates(browser, tmp_path):
     del trajectory["policy"]
     texts = ["What is added?", "Who are you?", "Why?"]
     trajectory["dialogue_history"][1]["candidates"] = texts
-    state = {"id": "a", "sample": 0, "turn": 1, "messages": [{"role": "system", "content": "Ask."}, trajectory["dialogue_history"][0]],
+    state = {"id": "a", "sample": 0, "turn": 1,
+             "messages": [{"role": "system", "content": "Ask."}, trajectory["dialogue_history"][0]],
              "candidates": texts, "advantages": [0.25, -1.5, 0.75]}
     write_lines(tmp_path / "preferences.jsonl", [state])
     for there in ("preferences.jsonl alone", "with its trajectory"):
@@ -346,6 +359,24 @@ def test_credit_against_one_message_at_a_time(critic, tmp_path):
     assert [text for text, _ in got["c2"][1]["candidates"]] == ["What is the fee?", "Is it three?"]
 
 
+def test_credit_reads_how_the_critic_was_trained(critic, tmp_path):
+    """Without c, and as a sum: L times the mean, and another number than with c. A critic with a head has no log-ratios."""
+    rows, tokenizer, got = [episode("c", "base", 1, ["What is the toll?"])], load_tokenizer("tiny"), {}
+    for name, how in (("plain", {}), ("sum", {"no_length_norm": True}), ("blind", {"no_hidden_info": True}),
+                      ("value", {"critic": "value"})):
+        shutil.copytree(critic, tmp_path / name)
+        (tmp_path / name / "training_args.json").write_text(json.dumps(how))
+        if name != "value":
+            got[name] = add_credit(None, rows, tmp_path / name, "tiny", False, tokenizer)[0]["turns"][0]
+    length = len(got["plain"]["ratios"])
+    assert got["sum"]["advantage"] == pytest.approx(length * got["plain"]["advantage"], rel=0.02)
+    assert abs(got["blind"]["advantage"] - got["plain"]["advantage"]) > 1e-3
+    other = [episode("c", "base", 1, ["What is the toll?"], task=task("c", "def f(x):\n    return 0"))]
+    assert add_credit(None, other, tmp_path / "blind", "tiny", False, tokenizer)[0]["turns"][0] == got["blind"]
+    with pytest.raises(UserError, match="value critic"):
+        add_credit(None, rows, tmp_path / "value", "tiny", False, tokenizer)
+
+
 def encode_end(tokenizer):
     from colbench.model import end_of_turn
     return end_of_turn(tokenizer)
@@ -389,12 +420,13 @@ def check_talk(output, directory, number=2):
 
 
 def test_talk_through_a_pipe(critic, tmp_path):
-    done = subprocess.run([*TALK, "--run", str(tmp_path), "--talk", "2", "--critic", str(critic)], cwd=ROOT, text=True, capture_output=True,
+    command = [*TALK, "--run", str(tmp_path), "--talk", "2"]
+    done = subprocess.run([*command, "--critic", str(critic)], cwd=ROOT, text=True, capture_output=True,
                           input="\n" + "Four, I think.\n" * 9, timeout=300)
     assert done.returncode == 0, done.stderr
     check_talk(done.stdout, tmp_path)
     assert "advantage of each message" in done.stdout
-    done = subprocess.run([*TALK, "--run", str(tmp_path), "--talk", "2"], cwd=ROOT, text=True, capture_output=True, input="", timeout=300)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, input="", timeout=300)
     assert done.returncode == 2 and "error: the input ended" in done.stderr and "Traceback" not in done.stderr
     assert len((tmp_path / "talk.jsonl").read_text().splitlines()) == 1
 
