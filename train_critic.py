@@ -156,12 +156,12 @@ def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, min_gap
 
 def load_pairs(args, tokenizer):
     """Trajectories, their pairs, and the tree (token ids, spans of the agent's turns) of every trajectory in a pair."""
-    everything = of_first_tasks(load_trajectories(args.trajectories), args.max_trajectories)
+    everything = load_trajectories(args.trajectories)
     for number, trajectory in enumerate(everything, 1):
         if "reward" not in trajectory and not failed(trajectory):
             raise UserError(f"{args.trajectories}:{number}: reward: missing; score it with collect.py --add-candidates-to")
         trajectory.setdefault("system", (args.agent_prompt or AGENT_PROMPT).replace("{max_turns}", str(MAX_TURNS)))
-    trajectories = [t for t in everything if "reward" in t]
+    trajectories = [t for t in of_first_tasks(everything, args.max_trajectories) if "reward" in t]
     if args.critic == "value":  # learns from single trajectories
         pairs = [(index,) for index in range(len(trajectories))]
     else:

@@ -84,6 +84,8 @@ def parse_args():
                        help="leave out states of the last turn (default: %(default)s)")
     group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most so many pairs of trajectories, drawn at random; "
                        "0: all (default: %(default)s)")
+    group.add_argument("--min-gap", type=float, default=0.0, help="multi-turn DPO: leave out pairs whose rewards differ by less "
+                       "(default: %(default)s)")
     group.add_argument("--max-trajectories", type=int, default=0, help="baselines: only so many, of the first tasks; 0: all "
                        "(default: %(default)s)")
     group = parser.add_argument_group("objective")
@@ -178,7 +180,7 @@ def load_baseline(args, tokenizer) -> list[dict]:
     if args.algorithm == "rft":
         groups = [(i,) for i, t in enumerate(trajectories) if t["reward"] == 1]
     else:
-        groups = make_pairs(trajectories, args.pairs_per_task, args.seed)
+        groups = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap)
     trees = {}
     for i in sorted({i for group in groups for i in group}):
         system = trajectories[i].get("system", AGENT_PROMPT.replace("{max_turns}", str(MAX_TURNS)))

@@ -183,7 +183,7 @@ def trajectories(task, tmp_path_factory):
 
 
 def units_of(algorithm, path, tokenizer, **changes):
-    args = SimpleNamespace(**dict(algorithm=algorithm, trajectories=path, max_trajectories=0, pairs_per_task=0, seed=0, max_tokens=1024) | changes)
+    args = SimpleNamespace(**dict(algorithm=algorithm, trajectories=path, max_trajectories=0, pairs_per_task=0, min_gap=0.0, seed=0, max_tokens=1024) | changes)
     return train_policy.load_baseline(args, tokenizer)
 
 
