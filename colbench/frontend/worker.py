@@ -24,7 +24,7 @@ from colbench.frontend.resources import SHEET, asset, needs_scripts, placeholder
 
 VIEWPORT = {"width": 1366, "height": 768}  # headless Firefox's default window, in which the released code renders
 LARGEST = (2000, 10000)  # px, width and height of a picture; a page may ask for 60,000 x 100,000
-STEP_S = 10  # seconds for one step of a rendering; the parent's deadline stands above it
+STEP_S = 20  # seconds for one step of a rendering, ample on a loaded machine; the parent's deadline stands above it
 FLAGS = (
     "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb", "--font-render-hinting=none", "--disable-lcd-text",
     "--mute-audio", "--disable-partial-raster", "--disable-checker-imaging",  # without these two, 2 renderings in 18 differed
