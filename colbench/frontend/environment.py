@@ -29,8 +29,8 @@ PRESETS = {
                       tokens_per_step=16384, min_gap=0.1),
     },
     "train_policy": {
-        "tiny": dict(run="runs/tiny-frontend", model=TINY),
-        "llama": dict(run="runs/llama-frontend", max_tokens=16384, tokens_per_step=16384),
+        "tiny": dict(run="runs/tiny-frontend", model=TINY, min_gap=0.1),
+        "llama": dict(run="runs/llama-frontend", min_gap=0.1, max_tokens=16384, tokens_per_step=16384),
     },
     "evaluate": {
         "tiny": dict(run="runs/tiny-frontend", model=TINY, tasks="pages:test", n_tasks=60, measure="pixels", page_language="edits",
