@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from colbench.files import UserError, run_main, write_aside
-from colbench.model import TINY, cannot_load, load_tokenizer
+from colbench.model import EMBEDDED, cannot_load, load_tokenizer
 
 
 def main():
@@ -32,7 +32,7 @@ def main():
     name = args.model or json.loads((args.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     tokenizer = load_tokenizer(name)
     try:
-        base = AutoModelForCausalLM.from_pretrained(TINY if name == "tiny" else name, dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_pretrained(EMBEDDED.get(name, name), dtype=torch.bfloat16)
         merged = PeftModel.from_pretrained(base, args.adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(cannot_load(name, error)) from None

@@ -18,7 +18,7 @@ from colbench import merge
 from colbench.dialogue import MARKER, prompt_messages
 from colbench.files import UserError
 from colbench.mini import mini_tasks
-from colbench.model import TINY, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids, message_logps
+from colbench.model import EMBEDDED, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids, message_logps
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def train(directory, model):
 def make_llama(folder):
     """A random Llama with grouped heads and untied embeddings, which the embedded model has not."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                                  num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.1,
                                  eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
@@ -100,7 +100,7 @@ def our_logps(model, tree):
 @pytest.mark.parametrize("stage", ["critic", "policy"])
 def test_plain_peft_gives_our_log_probs(trained, stage):
     name, directory = trained
-    path = TINY if name == "tiny" else name
+    path = EMBEDDED.get(name, name)
     tree = tree_of(load_tokenizer(name))
     ours = our_logps(load_model(name, device="cpu", adapter=str(directory / stage)), tree)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

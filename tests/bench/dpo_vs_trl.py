@@ -32,7 +32,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from colbench.model import TINY, adapters_off, message_logps, pack, tree_tokens
+from colbench.model import EMBEDDED, adapters_off, message_logps, pack, tree_tokens
 from train_policy import draw_pairs, policy_loss
 
 BETA, NLL, RATE = 0.1, 0.01, 1e-3
@@ -134,7 +134,7 @@ def trl(model, lora_weights, states, batch, settings, folder):
         beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, NLL], max_length=None, bf16=False, use_cpu=True,
         gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         precompute_ref_batch_size=batch, **settings)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Peer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora())
         missing = trainer.model.load_state_dict(lora_weights, strict=False)
@@ -149,7 +149,7 @@ def trl(model, lora_weights, states, batch, settings, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--states", type=int, default=8, help="of 4 pairs each; even (default: %(default)s)")
+    parser.add_argument("--states", type=int, default=4, help="of 4 pairs each; even (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=400)
     parser.add_argument("--response", type=int, default=60)
     parser.add_argument("--hidden", type=int, default=256)
