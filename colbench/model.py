@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from colbench.files import UserError
 from colbench.hub import why_not
@@ -257,12 +258,14 @@ class LocalChat:
         uniforms = torch.stack([
             torch.rand(steps, generator=torch.Generator().manual_seed(seeds[i][j]), dtype=torch.float64) for _, _, i, j in batch
         ]).to(device)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         with adapters_off(self.model) if not self.adapters else contextlib.nullcontext():
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                             use_cache=True, logits_to_keep=1)
+                             past_key_values=cache, use_cache=True, logits_to_keep=1)
             index = {i: row for row, (i, _) in enumerate(prompts)}
             rows = torch.tensor([index[i] for _, _, i, _ in batch], device=device)
-            cache, logits = out.past_key_values, out.logits[rows, -1]
+            logits = out.logits[rows, -1]
             cache.batch_select_indices(rows)
             mask, messages, live = mask[rows], [[] for _ in batch], list(range(len(batch)))
             for step in range(steps):
@@ -283,6 +286,27 @@ class LocalChat:
                                  past_key_values=cache, use_cache=True)
                 logits = out.logits[:, -1]
         return messages
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room for the next tokens: DynamicLayer copies all of them for every new token."""
+
+    room = None  # (rows, heads, capacity, head size) each for keys and values
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        n, m = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        if not n:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.room is None or self.room[0].shape[2] < m:
+            self.room = [F.pad(old, (0, 0, 0, m // 8 + 64)) for old in (self.keys, self.values)]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, n:m] = new
+        self.keys, self.values = (room[:, :, :m] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
