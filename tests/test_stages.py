@@ -169,6 +169,33 @@ def test_critic_learns(finished):
     assert sum(row["rewards/accuracies"] for row in last) / 5 > 0.7
 
 
+COUNTED = """
+import sys
+from transformers import AutoModelForCausalLM
+import evaluate
+load, loaded = AutoModelForCausalLM.from_pretrained, []
+AutoModelForCausalLM.from_pretrained = lambda *a, **k: (loaded.append(a), load(*a, **k))[1]
+evaluate.main()
+print("models loaded:", len(loaded))
+"""
+
+
+def test_one_model_plays_four_roles(finished, tmp_path):
+    """Policy, base agent, human, critic and reference in one process load one model; with the adapters off it is the base."""
+    def play(name, *policies):
+        command = [sys.executable, "-c", COUNTED, "--run", tmp_path / name, "--n-tasks", 4, "--max-turns", 3, "--max-new-tokens", 24,
+                   "--human", "self", "--policies", *policies]
+        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and "models loaded: 1" in done.stdout, done.stdout + done.stderr[-2000:]
+        return lines(tmp_path / name / "episodes.jsonl")
+
+    together = play("together", finished / "policy", "base", "--critic", finished / "critic")
+    alone = play("alone", "base")
+    assert [line for line in together if line["policy"] == "base"] == alone
+    credit = lines(tmp_path / "together" / "advantages.jsonl")
+    assert len(credit) == 8 and any(abs(turn["advantage"]) > 1e-4 for row in credit for turn in row["turns"])
+
+
 def test_published_shape(finished, tmp_path):
     """No rewards, no candidates, samples n_tasks lines apart: through scoring, candidates, critic."""
     published = tmp_path / "published.jsonl"
