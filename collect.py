@@ -31,7 +31,7 @@ from colbench.tasks import failed, load_tasks, load_trajectories
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
-        run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:train", n_tasks=300, k=6, candidate_share=0.12,
+        run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:train", n_tasks=300, k=6, candidate_share=0.2,
         human="scripted", parallel=256, max_new_tokens=96, agent_prompt="Ask about one missing detail at a time, then answer.",
     ),
     "llama": dict(  # the paper: 15,000 trajectories, 16 candidates at a tenth of their turns
@@ -65,7 +65,7 @@ def parse_args():
     group.add_argument("--agent-server", metavar="URL", help="an OpenAI-compatible server plays the agent instead of --model")
     group.add_argument("--agent-server-model", metavar="NAME", help="model name there (default: the first it lists)")
     group.add_argument("--agent-prompt", help="system prompt; {max_turns} is filled in")
-    group.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=1.0, help="of the agent (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
     group.add_argument("--batch-tokens", type=int, default=65536,
                        help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
@@ -81,7 +81,8 @@ def parse_args():
     group.add_argument("--candidate-share", type=float, help="share of the turns that get candidates (default: %(default)s)")
     group.add_argument("--parallel", type=int, help="dialogues in flight (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    group.add_argument("--scorer", choices=("fixed", "official"), default="fixed", help="which score is the reward (default: fixed)")
+    group.add_argument("--scorer", choices=("fixed", "official"), default="fixed", help="which score is the reward: ours, or the released code's "
+                       "verdicts (default: fixed)")
     group.add_argument("--allow-weak-sandbox", action="store_true", help="score even where the sandbox cannot be made safe")
     parser.set_defaults(**PRESETS[preset] | (FRONTEND_PRESETS["collect"][preset] if env == "frontend" else {}))
     args = parser.parse_args()
