@@ -2,7 +2,7 @@
 
     python evaluate.py                                            # embedded default: base model and runs/tiny/policy
     python evaluate.py --preset llama --run runs/llama --human http://localhost:8000/v1
-    python evaluate.py --policies base --max-turns 1              # the paper's "single turn" row
+    python evaluate.py --run runs/single --policies base --max-turns 1    # the paper's "single turn" row
     python evaluate.py --policies runs/a/policy runs/b/policy     # any adapters, side by side on the same tasks
     python evaluate.py --critic runs/tiny/critic                  # the report shows which turn earned the credit
     python evaluate.py --policies base --best-of 16 --critic runs/tiny/critic   # every turn: the best of 16 by the critic
@@ -77,7 +77,7 @@ def parse_args():
     group.add_argument("--agent-server", metavar="URL", help="an OpenAI-compatible server plays instead of --policies")
     group.add_argument("--agent-server-model", metavar="NAME", help="model name there (default: the first it lists)")
     group.add_argument("--agent-prompt", help="system prompt; {max_turns} is filled in")
-    group.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=1.0, help="of the agent (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
     group.add_argument("--batch-tokens", type=int, default=65536,
                        help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")

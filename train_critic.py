@@ -1,11 +1,11 @@
 """Stage 2 of SWEET-RL: train the turn-level critic, which MAY see the hidden reference, then rank the candidates with it.
 
     python train_critic.py                                        # embedded default: runs/tiny/critic, runs/tiny/preferences.jsonl
-    python train_critic.py --preset llama --run runs/llama        # 4-bit Llama-3.1-8B with the paper's settings
+    python train_critic.py --preset llama --run runs/llama        # 4-bit Llama-3.1-8B, the paper's settings but for LoRA's
     accelerate launch --num_processes 2 train_critic.py ...       # data parallel
 
 The critic is a language model itself: the advantage of a message is how much likelier the critic finds it than the base model
-does, per token, both reading the reference c in their prompt (paper, section 4.1; o dialogue so far, a message of L tokens):
+does, per token, both reading the reference c in their prompt (paper, section 4.1; o: the dialogue so far; a: a message, L tokens long):
 
     (1)  A_θ(o, a, c) = 1/L Σ_l [ log π_θ(a^l | c, o, a^<l) − log π_ref(a^l | c, o, a^<l) ]
 
@@ -70,13 +70,14 @@ def parse_args():
     group.add_argument("--model", help="hub id or folder (default: %(default)s)")
     group.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="NF4 weights (default: %(default)s)")
     group.add_argument("--lora-rank", type=int, help="0 trains all weights (default: %(default)s)")
-    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="(default: %(default)s)")
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute activations twice: less memory, slower (default: %(default)s)")
     group = parser.add_argument_group("objective")
     group.add_argument("--critic", choices=TRAINED + UNTRAINED, default="logprob", help="see above (default: %(default)s)")
     group.add_argument("--no-hidden-info", action="store_true", help="the critic does not see c")
     group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum over the tokens, not their mean")
     group.add_argument("--aggregate", choices=("turn-mean", "trajectory-mean", "sum"), default="turn-mean",
-                       help="a trajectory's score in (2): sum of (1) over turns, mean or sum over all tokens (default: %(default)s)")
+                       help="a trajectory's score in (2): sum of (1) over turns, mean or sum over all tokens; in training only (default: %(default)s)")
     group.add_argument("--official", action="store_true", help="as the released code has it: --aggregate trajectory-mean, no NLL, "
                        "τ+ passes every test, and the reference ranks without c")
     group.add_argument("--beta", type=float, default=0.1, help="β of (2) (default: %(default)s)")
@@ -91,7 +92,7 @@ def parse_args():
                                         "head sits on this vision-language model, which sees both pages (default: a text critic)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning-rate", type=float, help="peak; 10%% warm-up, linear decay (default: %(default)s)")
-    group.add_argument("--epochs", type=int, help="(default: %(default)s)")
+    group.add_argument("--epochs", type=int, help="passes over the pairs (default: %(default)s)")
     group.add_argument("--batch-size", type=int, default=8, help="pairs a step (default: %(default)s)")
     group.add_argument("--tokens-per-step", type=int, help="tokens in one forward pass: lower it when memory runs out; the "
                        "batch stays what it is (default: %(default)s)")
@@ -112,8 +113,8 @@ def parse_args():
 
 
 def with_hidden_info(messages: list[dict], reference: str) -> list[dict]:
-    """The critic's view of a dialogue: c, the hidden reference, stands at the end of the system message. Only here does it
-    enter; the agent and the policy stage never see a prompt made by this function."""
+    """The critic's view of a dialogue: c, the hidden reference, stands at the end of the system message. In the four
+    stages it enters a text only here; the agent's and the policy stage's prompts are made by `prompt_messages`."""
     system, *rest = messages
     return [{"role": "system", "content": system["content"] + HIDDEN_INFO + reference}, *rest]
 

@@ -1,7 +1,7 @@
 """Stage 3 of SWEET-RL: train the agent, which never sees the reference, on the messages that the critic prefers.
 
     python train_policy.py                                        # embedded default: runs/tiny/policy
-    python train_policy.py --preset llama --run runs/llama        # 4-bit Llama-3.1-8B with the paper's settings
+    python train_policy.py --preset llama --run runs/llama        # 4-bit Llama-3.1-8B, the paper's settings but for LoRA's
     python train_policy.py --algorithm multi-turn-dpo --policy runs/tiny/dpo    # a baseline of the paper; so is rft
     accelerate launch --num_processes 2 train_policy.py ...       # data parallel
 
@@ -13,7 +13,7 @@ one of the better half, a+, over a random one of the worse half, a−; four pair
 
 with w = 0.01 in the paper. The embedded model has few sensible messages at a state, most of 16 candidates are equally useless, and
 halves are then half noise: its preset draws pairs by `--pairing gap` (a near-best over a clearly worse one), leaves out the last
-turn, where every message ends the episode alike, and takes a larger w. `--pairing halves --nll-weight 0.01` is the paper's.
+turn, where every message ends the episode alike, and takes a larger w. The paper's: `--pairing halves --nll-weight 0.01 --no-skip-last-turn`.
 
 The baselines need no critic. `multi-turn-dpo` is (3) with all messages of the agent in a trajectory τ+ of higher reward as a+, those
 of a τ− of the same task as a−. `rft`, rejection fine-tuning, is NLL on the agent's messages of successful trajectories:
@@ -60,7 +60,8 @@ BASELINES = {("tiny", "multi-turn-dpo"): dict(batch_size=8, epochs=2), ("tiny", 
 def parse_args():
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for all other flags")
-    first.add_argument("--algorithm", choices=("sweet", "multi-turn-dpo", "rft"), default="sweet", help="(default: %(default)s)")
+    first.add_argument("--algorithm", choices=("sweet", "multi-turn-dpo", "rft"), default="sweet",
+                       help="sweet: (3) on candidates ranked by the critic; multi-turn-dpo: (3) on whole trajectories; rft: (4) (default: %(default)s)")
     env = add_env(first)
     known = first.parse_known_args()[0]
     parser = argparse.ArgumentParser(
@@ -74,12 +75,13 @@ def parse_args():
     group.add_argument("--model", help="hub id or folder (default: %(default)s)")
     group.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="NF4 weights (default: %(default)s)")
     group.add_argument("--lora-rank", type=int, help="0 trains all weights (default: %(default)s)")
-    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="(default: %(default)s)")
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute activations twice: less memory, slower (default: %(default)s)")
     group = parser.add_argument_group("pairs")
     group.add_argument("--pairing", choices=("halves", "gap"), help="halves: the paper's; gap: see above (default: %(default)s)")
     group.add_argument("--gap", type=float, default=0.2, help="with --pairing gap, a rejected candidate lies at least so many "
                        "standard deviations of all advantages below the best (default: %(default)s)")
-    group.add_argument("--pairs-per-state", type=int, default=4, help="(default: %(default)s)")
+    group.add_argument("--pairs-per-state", type=int, default=4, help="at most so many (default: %(default)s)")
     group.add_argument("--skip-last-turn", action=argparse.BooleanOptionalAction,
                        help="leave out states of the last turn (default: %(default)s)")
     group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most so many pairs of trajectories, drawn at random; "
@@ -94,7 +96,7 @@ def parse_args():
     group.add_argument("--official", action="store_true", help="as the released code has it: NLL over the prompt's tokens too")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning-rate", type=float, help="peak; 10%% warm-up, linear decay (default: %(default)s)")
-    group.add_argument("--epochs", type=int, help="(default: %(default)s)")
+    group.add_argument("--epochs", type=int, help="passes over the pairs (default: %(default)s)")
     group.add_argument("--batch-size", type=int, help="pairs a step; the pairs of a state stay together (default: %(default)s)")
     group.add_argument("--tokens-per-step", type=int, help="tokens in one forward pass: lower it when memory runs out; the "
                        "batch stays what it is (default: %(default)s)")

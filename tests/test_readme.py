@@ -13,7 +13,8 @@ COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?
             if line.strip() and not line.startswith("#")]
 NAMES = {"with_hidden_info": "with_hidden_info", "advantage of a message": "advantage", "critic's loss": "critic_loss",
          "pairs of trajectories": "make_pairs", "candidates are ranked": "score_candidates", "pairs of candidates": "draw_pairs",
-         "policy's loss": "policy_loss", "hidden information c enters": "with_hidden_info", "ten turns": "play"}
+         "policy's loss": "policy_loss", "hidden information c enters": "with_hidden_info", "ten turns": "play",
+         "agent's prompt": "prompt_messages"}
 
 
 def test_lines_that_the_readme_points_at():
