@@ -5,8 +5,8 @@
     python tests/study.py --out runs/gate --gate           # before seeds are spent: do oracle labels beat rejection fine-tuning?
     python tests/study.py --out runs/sweep --sweep         # the same few settings for every method, on train-split tasks
 
-It calls the four scripts as a user would, one thread each, as many at once as there are cores. A job is done when its last file is
-there. OUT/table.md has mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the same seeds;
+It calls the four scripts as a user would, one thread each, as many at once as there are cores: the main rows of all seeds, then the
+ablations, then best-of-N, then the rollouts. A job is done when its last file is there. OUT/table.md has mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the same seeds;
 OUT/best_of_n.png and OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
 """
 
@@ -35,76 +35,83 @@ CRITICS = {  # row -> flags of train_critic.py; each also trains a policy
     "half of the trajectories": ["--max-trajectories", str(TRAJECTORIES // 2)],
 }
 RANKERS = {"SWEET": [], "without hidden information": ["--no-hidden-info"], "value": ["--critic", "value"], "untrained": ["--critic", "untrained"]}
+PAPER_ROW = "SWEET, the paper's policy settings"
 PAPER_POLICY = ["--pairing", "halves", "--nll-weight", "0.01", "--no-skip-last-turn"]
 BASELINES = {"rejection fine-tuning": "rft", "multi-turn DPO": "multi-turn-dpo"}
 BEST_OF = (4, 16)
-SWEEP = {"learning rate 3e-4": ["--learning-rate", "3e-4"], "learning rate 1e-3": ["--learning-rate", "1e-3"],
-         "3e-4, twice the epochs": ["--learning-rate", "3e-4", "--epochs", "4"],
-         "1e-3, twice the epochs": ["--learning-rate", "1e-3", "--epochs", "4"]}
+SWEEP = {  # six settings a method
+    "sweet": [["--learning-rate", lr, "--nll-weight", w, "--gap", gap] for lr, w, gap in (
+        ("1e-3", "3", "1"), ("5e-4", "3", "1"), ("3e-4", "3", "1"), ("5e-4", "1", "1"), ("5e-4", "10", "1"), ("5e-4", "3", "0.2"))],
+    "rft": [["--learning-rate", lr, "--epochs", epochs] for lr, epochs in (
+        ("3e-4", "6"), ("1e-3", "3"), ("1e-3", "6"), ("2e-3", "3"), ("2e-3", "6"), ("4e-3", "3"))],
+    "multi-turn-dpo": [["--learning-rate", lr, "--nll-weight", w, "--epochs", epochs] for lr, w, epochs in (
+        ("3e-4", "0.1", "2"), ("3e-4", "1", "2"), ("3e-4", "3", "2"), ("1e-3", "1", "2"), ("1e-3", "3", "2"), ("1e-3", "3", "4"))],
+}
 
 
 def folder_name(row: str) -> str:
     return re.sub(r"\W+", "-", row.lower()).strip("-")
 
 
-def jobs_of_seed(out: Path, seed: int, n_test: int) -> list[tuple]:
-    """[(file that ends the job, files it needs, command)] of one seed."""
+def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, list, list, list]:
+    """Jobs of one seed, (file that ends the job, files it needs, command): the main rows, the ablations of Table 3 and the data
+    scaling of Figure 3b, best-of-N of Figure 3a, and the critics against rollouts."""
     home, s = out / f"seed{seed}", ["--seed", str(seed)]
     data, held = home / "data" / "trajectories.jsonl", home / "held-out" / "trajectories.jsonl"
-    jobs = [(data, [], ["collect.py", "--run", data.parent, *s]),
-            (held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 60, "--k", 1, "--candidate-share", 0.3,
-                        "--seed", 500 + seed]),
-            (home / "held-out" / "rollout.jsonl", [held], [
-                "train_critic.py", "--run", held.parent, "--critic", "rollout", "--rollouts", 8,
-                "--preferences", home / "held-out" / "rollout.jsonl", *s])]
+    main, ablations, best_of, rollouts = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], []
 
-    def evaluate(row, needs, *flags, n=n_test):
+    def evaluate(jobs, row, needs, *flags, n=n_test):
         run = home / folder_name(row)
         jobs.append((run / "metrics.json", needs, ["evaluate.py", "--run", run, "--n-tasks", n, "--seed", 1000 + seed, *flags]))
 
-    evaluate("zero-shot", [], "--policies", "base")
-    evaluate("single turn", [], "--policies", "base", "--max-turns", 1)
     for row, flags in CRITICS.items():
-        run = home / folder_name(row)
+        run, jobs = home / folder_name(row), main if row == "SWEET" else ablations
         jobs.append((run / "preferences.jsonl", [data], ["train_critic.py", "--run", run, "--trajectories", data, *flags, *s]))
         jobs.append((run / "policy", [run / "preferences.jsonl"], ["train_policy.py", "--run", run, *s]))
-        evaluate(row, [run / "policy"], "--policies", run / "policy")
-    sweet = home / folder_name("SWEET")
-    jobs.append((sweet / "halves", [sweet / "preferences.jsonl"], ["train_policy.py", "--run", sweet, "--policy", sweet / "halves", *PAPER_POLICY, *s]))
-    evaluate("SWEET, the paper's policy settings", [sweet / "halves"], "--policies", sweet / "halves")
+        evaluate(jobs, row, [run / "policy"], "--policies", run / "policy")
     for row, algorithm in BASELINES.items():
         run = home / folder_name(row)
-        jobs.append((run / "policy", [data], ["train_policy.py", "--run", run, "--trajectories", data, "--algorithm", algorithm, *s]))
-        evaluate(row, [run / "policy"], "--policies", run / "policy")
-    value = home / "value"
-    jobs.append((value / "preferences.jsonl", [data], ["train_critic.py", "--run", value, "--trajectories", data, "--critic", "value", *s]))
+        main.append((run / "policy", [data], ["train_policy.py", "--run", run, "--trajectories", data, "--algorithm", algorithm, *s]))
+        evaluate(main, row, [run / "policy"], "--policies", run / "policy")
+    evaluate(main, "zero-shot", [], "--policies", "base")
+    evaluate(main, "single turn", [], "--policies", "base", "--max-turns", 1)
+    sweet, halves, value = home / folder_name("SWEET"), home / folder_name(PAPER_ROW), home / "value"
+    ablations.append((halves / "policy", [sweet / "preferences.jsonl"], [
+        "train_policy.py", "--run", halves, "--preferences", sweet / "preferences.jsonl", *PAPER_POLICY, *s]))
+    evaluate(ablations, PAPER_ROW, [halves / "policy"], "--policies", halves / "policy")
+    best_of.append((value / "preferences.jsonl", [data], [
+        "train_critic.py", "--run", value, "--trajectories", data, "--critic", "value", *s]))
+    rollouts += [(held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 40, "--k", 1, "--candidate-share", 0.2,
+                             "--seed", 500 + seed]),
+                 (home / "held-out" / "rollout.jsonl", [held], [
+                     "train_critic.py", "--run", held.parent, "--critic", "rollout", "--rollouts", 8,
+                     "--preferences", home / "held-out" / "rollout.jsonl", *s])]
     for row, flags in RANKERS.items():
         run = home / folder_name(row)
         critic = "untrained" if row == "untrained" else run / "critic"
-        needs = [held] if row == "untrained" else [held, run / "preferences.jsonl"]
-        jobs.append((home / "held-out" / f"{folder_name(row)}.jsonl", needs, [
-            "train_critic.py", "--run", run, "--trajectories", held, "--preferences", home / "held-out" / f"{folder_name(row)}.jsonl", *flags, *s]))
+        needs = [] if row == "untrained" else [run / "preferences.jsonl"]
         for n in BEST_OF:
-            evaluate(f"best of {n} by {row}", needs[1:], "--policies", "base", "--best-of", n, "--critic", critic, n=min(150, n_test))
-    return jobs
+            evaluate(best_of, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n, "--critic", critic, n=min(150, n_test))
+        ranked = home / "held-out" / f"{folder_name(row)}.jsonl"
+        rollouts.append((ranked, [held, *needs], [
+            "train_critic.py", "--run", run, "--trajectories", held, "--preferences", ranked, *flags, *s]))
+    return main, ablations, best_of, rollouts
 
 
 def jobs_of_sweep(out: Path, n_test: int) -> list[tuple]:
     """Seed 0, every method with the same number of settings, judged on train-split tasks that nothing was trained on."""
     valid, data = out / "valid.jsonl", out / "data" / "trajectories.jsonl"
     jobs = [(data, [], ["collect.py", "--run", data.parent])]
-    for name, flags in SWEEP.items():
-        for algorithm in ("sweet", *BASELINES.values()):
-            run = out / f"{algorithm}-{folder_name(name)}"
-            needs, first = [data], run / "preferences.jsonl"
-            if algorithm == "sweet":
-                jobs.append((out / "critic" / "preferences.jsonl", [data], ["train_critic.py", "--run", out / "critic", "--trajectories", data]))
-                needs, first = [out / "critic" / "preferences.jsonl"], out / "critic" / "preferences.jsonl"
-            jobs.append((run / "policy", needs, ["train_policy.py", "--run", run, "--trajectories", data, "--preferences", first,
-                                                 "--algorithm", algorithm, *flags]))
+    ranked = out / "critic" / "preferences.jsonl"
+    jobs.append((ranked, [data], ["train_critic.py", "--run", ranked.parent, "--trajectories", data]))
+    for algorithm, settings in SWEEP.items():
+        for flags in settings:
+            run = out / folder_name(f"{algorithm} {' '.join(flags)}")
+            jobs.append((run / "policy", [ranked if algorithm == "sweet" else data], [
+                "train_policy.py", "--run", run, "--trajectories", data, "--preferences", ranked, "--algorithm", algorithm, *flags]))
             jobs.append((run / "metrics.json", [run / "policy"], ["evaluate.py", "--run", run, "--tasks", valid, "--n-tasks", n_test,
                                                                   "--policies", run / "policy"]))
-    return list({job[0]: job for job in jobs}.values())
+    return jobs
 
 
 def jobs_of_gate(out: Path, n_test: int) -> list[tuple]:
@@ -211,7 +218,7 @@ def ranks(values: list[float]) -> list[float]:
 
 
 def write_table(out: Path, seeds: list[int]) -> None:
-    rows = ["single turn", "zero-shot", *BASELINES, *CRITICS, "SWEET, the paper's policy settings"]
+    rows = ["single turn", "zero-shot", *BASELINES, *CRITICS, PAPER_ROW]
     rows += [f"best of {n} by {row}" for n in BEST_OF for row in RANKERS]
     text = ["| row | success on held-out mini tasks | difference to SWEET, paired over seeds | seeds |", "|---|---|---|---|"]
     found = {row: {s: v for s in seeds if (v := success_of(out / f"seed{s}" / folder_name(row) / "metrics.json")) is not None} for row in rows}
@@ -282,7 +289,8 @@ def main():
         return
     seeds = list(range(args.seeds))
     if not args.table:
-        run_jobs([job for seed in seeds for job in jobs_of_seed(args.out, seed, args.n_test)], args.workers)
+        by_kind = zip(*(jobs_of_seed(args.out, seed, args.n_test) for seed in seeds))  # the main rows of all seeds come first
+        run_jobs([job for of_seeds in by_kind for jobs in of_seeds for job in jobs], args.workers)
     write_table(args.out, seeds)
 
 

@@ -29,7 +29,7 @@ PRESETS = {
                       tokens_per_step=16384, min_gap=0.1),
     },
     "train_policy": {
-        "tiny": dict(run="runs/tiny-frontend", model=TINY, min_gap=0.1),
+        "tiny": dict(run="runs/tiny-frontend", model=TINY, min_gap=0.1, learning_rate=3e-4, nll_weight=1.0, gap=0.2, epochs=2),
         "llama": dict(run="runs/llama-frontend", min_gap=0.1, max_tokens=16384, tokens_per_step=16384),
     },
     "evaluate": {
