@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
 
 from colbench.dialogue import said
 from colbench.files import UserError, append_jsonl, lock_run, seed_of, write_aside
@@ -33,12 +34,15 @@ QUESTION = ("A person asked for this web page: {request}\nHow far does the first
 class Critic:
     """(1'). `advantage(request, mine, wanted)` is a scalar tensor; mine: path of a picture, or None where the message shows no page."""
 
-    def __init__(self, name: str, lora_rank: int = 0, folder: Path | None = None):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+    def __init__(self, name: str, lora_rank: int = 0, folder: Path | None = None, load_in_4bit: bool = False):
+        from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         try:
             self.processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+            model = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, quantization_config=nf4 if load_in_4bit else None, device_map={"": device})
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(f"--vision-critic {name}: {reason}; the hub id or folder of a vision-language model is wanted") from None
@@ -47,7 +51,7 @@ class Critic:
             model = PeftModel.from_pretrained(model, folder)
         elif lora_rank:
             model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"))
-        self.model = model.to(device)
+        self.model = model
         self.head = torch.nn.Linear(width, 1, bias=False, device=device)
         torch.nn.init.zeros_(self.head.weight)  # A = 0 before the first step, as with a log-ratio
         if folder:
@@ -103,11 +107,11 @@ def train_and_rank(args, make_pairs, states_to_rank) -> None:
             pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap)
             if not pairs:
                 raise UserError(f"{args.trajectories}: no pair to learn from (--min-gap {args.min_gap}); collect more, or lower it")
-            critic = Critic(args.vision_critic, args.lora_rank)
+            critic = Critic(args.vision_critic, args.lora_rank, load_in_4bit=args.load_in_4bit)
             train(args, critic, pairs, turns_by_trajectory(trajectories, pairs, renderer, shown))
             write_aside(args.critic_folder, critic.save)
         else:
-            critic = Critic(args.vision_critic, folder=args.critic_folder)
+            critic = Critic(args.vision_critic, folder=args.critic_folder, load_in_4bit=args.load_in_4bit)
         states, missing = states_to_rank(args)
         rank(args, critic, [s for s in states if (s["id"], s["sample"], s["turn"]) in missing], renderer, shown)
 
@@ -125,6 +129,8 @@ def turns_by_trajectory(trajectories, pairs, renderer, shown) -> dict:
 def train(args, critic: Critic, pairs: list, turns: dict) -> None:
     critic.model.train()
     optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    steps = args.epochs * -(-len(pairs) // args.batch_size)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     log = open(Path(args.run) / "critic_log.jsonl", "w", encoding="utf-8")
     step = 0
     for epoch in range(args.epochs):
@@ -134,6 +140,7 @@ def train(args, critic: Critic, pairs: list, turns: dict) -> None:
             rows = [pair_step(critic, turns[a], turns[b], args.beta, 1 / len(batch)) for a, b in batch]
             gradient_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             losses, margins = zip(*rows)
             append_jsonl(log, {"step": step, "loss": sum(losses) / len(rows), "margin": sum(margins) / len(rows),
