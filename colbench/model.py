@@ -67,14 +67,19 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
     try:
         model = AutoModelForCausalLM.from_pretrained(
             EMBEDDED.get(source, source), dtype=dtype, quantization_config=quantization, device_map={"": device})
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights at the first evaluation
-                module.support_avx512bf16_for_cpu = False  # on such a CPU, and no gradient passes repacked weights
+        keep_4bit_layout(model)
         if is_lora:
             model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(cannot_load(source, error)) from None
     return model.eval()
+
+
+def keep_4bit_layout(model) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first evaluation, and no gradient passes those."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def put_adapter(model, adapter: str):

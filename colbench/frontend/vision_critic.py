@@ -25,6 +25,7 @@ from colbench.files import UserError, append_jsonl, lock_run, seed_of, write_asi
 from colbench.frontend.browser import Renderer
 from colbench.frontend.humans import scaled
 from colbench.frontend.protocol import page_shown
+from colbench.model import keep_4bit_layout
 from colbench.tasks import load_trajectories
 
 QUESTION = ("A person asked for this web page: {request}\nHow far does the first picture, the page that was made, match the second, "
@@ -46,6 +47,7 @@ class Critic:
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(f"--vision-critic {name}: {reason}; the hub id or folder of a vision-language model is wanted") from None
+        keep_4bit_layout(model)
         width = model.config.get_text_config().hidden_size
         if folder:
             model = PeftModel.from_pretrained(model, folder)
