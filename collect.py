@@ -23,7 +23,8 @@ from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run
                             shards_hint, write_aside)
 from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, Frontend, add_env, add_flags
 from colbench.humans import make_human
-from colbench.model import LocalChat, load_model, load_tokenizer
+from colbench.model import load_model, load_tokenizer
+from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share
 from colbench.server import ServerChat, shown
 from colbench.show import model_row, next_step, plan, sampling_memory

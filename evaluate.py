@@ -29,8 +29,9 @@ from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run
                             write_aside)
 from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, Frontend, add_env, add_flags, report as frontend_report
 from colbench.humans import make_human
-from colbench.model import LocalChat, adapters_off, context_length, load_model, load_tokenizer, message_logps, put_adapter
+from colbench.model import adapters_off, context_length, load_model, load_tokenizer, message_logps, put_adapter
 from colbench.report import write_report
+from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share, success
 from colbench.server import ServerChat, shown
 from colbench.show import model_row, plan, sampling_memory

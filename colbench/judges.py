@@ -6,7 +6,8 @@ train_critic.py and evaluate.py call these for --critic judge and --critic rollo
 from colbench.dialogue import answer_of, play, said
 from colbench.files import seed_of
 from colbench.humans import make_human
-from colbench.model import LocalChat, encode_dialogue, pack, tree_tokens
+from colbench.model import encode_dialogue, pack, tree_tokens
+from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share
 from colbench.tasks import failed
 

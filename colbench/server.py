@@ -23,7 +23,7 @@ def shown(text):
 
 
 class ServerChat:
-    """Samples chat messages from a server. Same `sample` as colbench.model.LocalChat.
+    """Samples chat messages from a server. Same `sample` as colbench.sampling.LocalChat.
 
     repeatable: whether equal calls give equal messages. A server puts requests together as it likes.
 

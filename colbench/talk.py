@@ -6,7 +6,8 @@ from colbench.credit import add_credit
 from colbench.dialogue import play
 from colbench.files import UserError, append_jsonl
 from colbench.humans import leaks
-from colbench.model import LocalChat, load_model, load_tokenizer, put_adapter
+from colbench.model import load_model, load_tokenizer, put_adapter
+from colbench.sampling import LocalChat
 from colbench.scorer import Scorer
 from colbench.server import ServerChat
 from colbench.tasks import load_tasks

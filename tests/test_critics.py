@@ -15,7 +15,8 @@ from colbench.files import UserError, append_jsonl
 from colbench.humans import ScriptedHuman
 from colbench.judges import JUDGE_PROMPT, judge_scores, rollout_scores
 from colbench.mini import mini_tasks
-from colbench.model import LocalChat, add_lora, adapters_off, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids, message_logps
+from colbench.model import add_lora, adapters_off, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids, message_logps
+from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share
 from colbench.tasks import of_first_tasks
 from colbench.training import value_head

@@ -18,8 +18,8 @@ from colbench.files import UserError
 from colbench.frontend import humans
 from colbench.frontend.browser import Picture, Renderer
 from colbench.frontend.environment import load_opponent, win_rate
-from colbench.frontend.humans import LONGEST_REPLY, MOST_PIXELS, PageHuman, Scripted, Watcher, make_page_human
-from colbench.frontend.pages import BUSINESSES, DETAILS, compose, edits, expand, page_tasks
+from colbench.frontend.humans import LONGEST_REPLY, MOST_PIXELS, PageHuman, Watcher, make_page_human
+from colbench.frontend.pages import BUSINESSES, compose, edits, expand, page_tasks
 from colbench.frontend.protocol import extract, final_page, page_shown
 from colbench.frontend.reviewer import NOTHING, SAME, align, colour, review
 from colbench.frontend.reward import Clip, Pixels, make_measure, preprocess

@@ -26,7 +26,8 @@ from colbench.dialogue import MARKER, answer_of, prompt_messages
 from colbench.files import UserError
 from colbench.humans import ModelHuman, make_human
 from colbench.mini import mini_tasks
-from colbench.model import LocalChat, add_lora, adapters_off, encode_dialogue, load_model, load_tokenizer, message_logps
+from colbench.model import add_lora, adapters_off, encode_dialogue, load_model, load_tokenizer, message_logps
+from colbench.sampling import LocalChat
 from colbench.server import ServerChat
 from train_critic import HIDDEN_INFO, with_hidden_info
 

@@ -12,7 +12,8 @@ import torch
 from colbench.dialogue import prompt_messages
 from colbench.files import seed_of
 from colbench.mini import mini_tasks
-from colbench.model import LocalChat, add_lora, adapters_off, encode_dialogue, end_of_turn, load_model, load_tokenizer
+from colbench.model import add_lora, adapters_off, encode_dialogue, end_of_turn, load_model, load_tokenizer
+from colbench.sampling import LocalChat
 
 SYSTEM = "Ask about one missing detail at a time, then answer."
 

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # its siblings, whether or not t
 from real_tokenizers import real_tokenizer
 
 from colbench.files import UserError
-from colbench.model import LocalChat, encode_dialogue, end_of_turn, load_tokenizer, message_ids, render
+from colbench.model import encode_dialogue, end_of_turn, load_tokenizer, message_ids, render
+from colbench.sampling import LocalChat
 
 LLAMA = (  # a system header with two dates, whether or not there is a system text; contents trimmed
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content | trim %}{% set rest = messages[1:] %}"

@@ -15,7 +15,6 @@ for other businesses the texts in them are exchanged.
 """
 import argparse
 import itertools
-import json
 import math
 import random
 import re

@@ -25,7 +25,7 @@ from colbench.files import UserError, append_jsonl, lock_run, seed_of, write_asi
 from colbench.frontend.browser import Renderer
 from colbench.frontend.humans import scaled
 from colbench.frontend.protocol import page_shown
-from colbench.model import keep_4bit_layout
+from colbench.model import keep_4bit_layout, nf4
 from colbench.tasks import load_trajectories
 
 QUESTION = ("A person asked for this web page: {request}\nHow far does the first picture, the page that was made, match the second, "
@@ -36,14 +36,13 @@ class Critic:
     """(1'). `advantage(request, mine, wanted)` is a scalar tensor; mine: path of a picture, or None where the message shows no page."""
 
     def __init__(self, name: str, lora_rank: int = 0, folder: Path | None = None, load_in_4bit: bool = False):
-        from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+        from transformers import AutoModelForImageTextToText, AutoProcessor
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         try:
             self.processor = AutoProcessor.from_pretrained(name)
             model = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, quantization_config=nf4 if load_in_4bit else None, device_map={"": device})
+                name, dtype=dtype, quantization_config=nf4(dtype) if load_in_4bit else None, device_map={"": device})
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(f"--vision-critic {name}: {reason}; the hub id or folder of a vision-language model is wanted") from None

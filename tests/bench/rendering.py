@@ -28,7 +28,7 @@ def main():
     pages = [task["ground_truth"] for task in load_tasks(args.tasks, args.n, pages=True)]
     expected = None
     for tabs in args.tabs:
-        rates, started = [], time.perf_counter()
+        rates = []
         for turn in range(args.repeat + 1):
             with tempfile.TemporaryDirectory() as folder, Renderer(folder, tabs=tabs, layout=args.layout) as renderer:
                 ready = time.perf_counter()

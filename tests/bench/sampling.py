@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colbench.model import LocalChat, encode_dialogue, load_model, load_tokenizer
+from colbench.model import encode_dialogue, load_model, load_tokenizer
+from colbench.sampling import LocalChat
 
 
 def best_of(repeats, function):
