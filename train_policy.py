@@ -38,7 +38,7 @@ from colbench.model import (adapters_off, add_lora, context_length, encode_dialo
 from colbench.show import next_step, training_plan
 from colbench.tasks import load_trajectories, of_first_tasks
 from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
-from train_critic import make_pairs
+from train_critic import make_pairs  # multi-turn DPO: trajectories of one task, r(τ+) > r(τ−)
 
 import torch
 import torch.nn.functional as F
@@ -256,6 +256,7 @@ def main():
         for group in pack([sizes[k] for k in mine], args.tokens_per_step):
             group = [mine[place] for place in group]
             with accelerator.autocast():
+                # per tree a list over messages of (L,): the prompt is computed once, each distinct message once
                 logps = iter(message_logps(model, [tree for k in group for tree in units[k]["trees"]]))
             total = 0.0
             for k in group:

@@ -311,7 +311,8 @@ def test_ctrl_c_does_not_wait_for_requests_in_flight(serve):
            "chat = ServerChat(sys.argv[1], 'first')\n" \
            "run_main(lambda: chat.sample([[{'role': 'user', 'content': 'x'}]] * 9, [[1]] * 9))"
     user = subprocess.Popen([sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+                            env={**os.environ, "PYTHONPATH": str(ROOT)},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
     while len(server.requests) < 9:
         assert user.poll() is None
         time.sleep(0.05)
