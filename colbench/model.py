@@ -218,8 +218,11 @@ def message_logps(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
     targets = [token for trunk, spans, leaves in trees
                for message in [*(trunk[a:b] for a, b in spans), *leaves] for token in message]
     chunk = max(1, LOGITS_AT_ONCE // base.get_output_embeddings().out_features)
-    logps = torch.cat([checkpoint(_token_logps, base, *part, use_reentrant=False) for part in zip(
-        hidden.split(chunk), torch.tensor(targets, device=base.device).split(chunk))])
+    parts = zip(hidden.split(chunk), torch.tensor(targets, device=base.device).split(chunk))
+    if any(p.requires_grad for p in base.get_output_embeddings().parameters()):  # all weights are trained
+        logps = torch.cat([checkpoint(_token_logps, base, *part, use_reentrant=False) for part in parts])
+    else:
+        logps = torch.cat([_FrozenHead.apply(base, *part) for part in parts])
     per_message = iter(logps.split(lengths))
     return [[next(per_message) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
 
@@ -290,12 +293,43 @@ def _attention_masks(base, visible: torch.Tensor, position: torch.Tensor):
 def _token_logps(base, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probs of targets (n,) given the last layer's output hidden (n, hidden size), float32 (n,). Under `checkpoint` the
     logits (n, vocabulary) are dropped after the forward pass and computed again, chunk by chunk, in the backward pass."""
+    return -F.cross_entropy(_logits(base, hidden), targets, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """_token_logps where the head itself is not trained. A token's log-prob depends on its own row h of `hidden` alone, so its
+    gradient is the number that arrives times ∂ log p / ∂h = (onehot − softmax) W, which is made while the logits are at hand:
+    nothing is computed twice, and (n, hidden size) is all that is kept."""
+
+    @staticmethod
+    def forward(ctx, base, hidden, targets):
+        with torch.set_grad_enabled(ctx.needs_input_grad[1]):
+            hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
+            logits = _logits(base, hidden)
+        slope = logits.detach()
+        total = slope.logsumexp(-1, keepdim=True)
+        logps = slope.gather(-1, targets[:, None]) - total
+        if ctx.needs_input_grad[1]:
+            slope.sub_(total).exp_().neg_()  # −softmax, in the logits' memory
+            slope.scatter_add_(-1, targets[:, None], torch.ones_like(total))
+            ctx.save_for_backward(*torch.autograd.grad(logits, hidden, slope))
+        return logps[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        [slope] = ctx.saved_tensors
+        return None, (gradient[:, None] * slope).to(slope.dtype), None
+
+
+def _logits(base, hidden: torch.Tensor) -> torch.Tensor:
+    """(n, hidden size) -> (n, vocabulary) float32."""
     config = base.config.get_text_config()
     logits = base.get_output_embeddings()(hidden).float()
-    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
+    if (scale := getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)) != 1:  # Cohere; Granite
+        logits = logits * scale
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
         logits = cap * torch.tanh(logits / cap)
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return logits
 
 
 def tree_tokens(tree: tuple) -> int:

@@ -102,13 +102,17 @@ def test_message_logps_equal_one_by_one(model):
             torch.testing.assert_close(one.double(), other, atol=2e-6, rtol=0)  # float32 log-softmax
 
 
-def test_gradients_of_shared_prompts_equal_one_by_one(model):
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_gradients_of_shared_prompts_equal_one_by_one(model, head):
+    model.get_output_embeddings().weight.requires_grad_(head == "trained")
     (prompt, _, leaves), shared, single = random_trees(random.Random(2))[1], copy.deepcopy(model), copy.deepcopy(model)
-    weights = [1.0, -2.0, 0.5]
-    sum(w * logps.sum() for w, logps in zip(weights, message_logps(shared, [(prompt, [], leaves)])[0])).backward()
-    sum(w * naive(single, prompt, leaf).sum() for w, leaf in zip(weights, leaves)).backward()
-    for one, other in zip(shared.parameters(), single.parameters()):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
+    weights = [torch.randn(len(leaf)) for leaf in leaves]  # each token its own
+    sum((w * logps).sum() for w, logps in zip(weights, message_logps(shared, [(prompt, [], leaves)])[0])).backward()
+    sum((w * naive(single, prompt, leaf)).sum() for w, leaf in zip(weights, leaves)).backward()
+    for one, other in zip(shared.parameters(), single.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None) == (not one.requires_grad)
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_a_leaf_does_not_see_its_sibling(model):
