@@ -27,7 +27,7 @@ from colbench.model import load_model, load_tokenizer
 from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share
 from colbench.server import ServerChat, shown
-from colbench.show import model_row, next_step, plan, sampling_memory
+from colbench.show import keep_settings, model_row, next_step, plan, sampling_memory
 from colbench.tasks import failed, load_tasks, load_trajectories
 
 PRESETS = {
@@ -100,6 +100,7 @@ def main():
     part = slice(args.shard[0] - 1, None, args.shard[1])
     lock = lock_run(args.trajectories.parent, f"collect-{args.trajectories.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.trajectories)
+    keep_settings(args.trajectories, args, begun=bool(lines))
     if args.add_candidates_to:
         todo = load_trajectories(args.add_candidates_to)[part]
     else:

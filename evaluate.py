@@ -34,7 +34,7 @@ from colbench.report import write_report
 from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share, success
 from colbench.server import ServerChat, shown
-from colbench.show import model_row, plan, sampling_memory
+from colbench.show import keep_settings, model_row, plan, sampling_memory
 from colbench.talk import talk
 from colbench.tasks import failed, load_tasks
 from colbench.training import value_head
@@ -139,6 +139,7 @@ def main():
     tasks = list({task["id"]: task for task in tasks}.values())[args.shard[0] - 1::args.shard[1]]  # a task twice is one task
     lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
+    keep_settings(args.episodes, args, begun=bool(lines), free=("critic", "best_of"))  # both name a row of their own
     order = [(name, task["id"], sample) for name in args.names.values() for sample in range(args.k) for task in tasks]
     if args.retry_errors:
         lines = [line for line in lines if not failed(line)]
@@ -195,7 +196,7 @@ def main():
                     append_jsonl(output, episode)
                 lines += episodes
                 bar.update(len(episodes))
-                bar.set_postfix({"similarity" if frontend else "success": f"{wins / bar.n:.3f}"})
+                bar.set_postfix({"similarity" if frontend else "success": f"{wins / max(1, bar.n):.3f}"})
             bar.close()
     rewrite(args.episodes, lines, order)
     report(args, tasks, lines, order, model if isinstance(model, PeftModel) else base)

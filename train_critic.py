@@ -33,9 +33,10 @@ from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_
 from colbench.judges import judge_scores, rollout_scores
 from colbench.model import (adapters_off, add_lora, candidate_trees, context_length, encode_dialogue, load_model, load_tokenizer,
                             message_logps, message_means, pack, tree_tokens)
-from colbench.show import next_step, training_plan
+from colbench.show import keep_settings, next_step, training_plan
 from colbench.tasks import failed, load_trajectories, of_first_tasks
-from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head
+from colbench.training import (DIVERGED, StepLog, cached_logps, checkpoint_path, load_checkpoint, save_checkpoint, save_trained,
+                               value_head)
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +195,8 @@ def main():
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
         lock = lock_run(args.critic_folder.parent, args.critic_folder.name)  # noqa: F841  held until the process ends
+        output = args.preferences if args.critic in UNTRAINED else args.critic_folder
+        keep_settings(output, args, begun=output.exists() or checkpoint_path(output).exists())
     trained = args.critic_folder.exists() or args.critic in UNTRAINED
     if trained and args.preferences.exists() and not states_to_rank(args)[1]:
         print(f"{args.preferences} is complete: nothing to do; next: python train_policy.py")

@@ -35,9 +35,9 @@ from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, add_env
 from colbench.files import UserError, lock_run, numbered_rows, run_main, seed_of
 from colbench.model import (adapters_off, add_lora, context_length, encode_dialogue, end_of_turn, load_model, load_tokenizer,
                             message_ids, message_logps, pack, tree_tokens)
-from colbench.show import next_step, training_plan
+from colbench.show import keep_settings, next_step, training_plan
 from colbench.tasks import load_trajectories, of_first_tasks
-from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
+from colbench.training import DIVERGED, StepLog, cached_logps, checkpoint_path, load_checkpoint, save_checkpoint, save_trained
 from train_critic import make_pairs  # multi-turn DPO: trajectories of one task, r(τ+) > r(τ−)
 
 import torch
@@ -208,6 +208,7 @@ def main():
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
         lock = lock_run(args.policy.parent, args.policy.name)  # noqa: F841  held until the process ends
+        keep_settings(args.policy, args, begun=args.policy.exists() or checkpoint_path(args.policy).exists())
     if args.policy.exists():
         print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (delete the folder to train again)")
         return

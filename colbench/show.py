@@ -1,10 +1,36 @@
 """What a stage prints before it starts: what will be done with what. One block of aligned lines, and the figures in it."""
+import json
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
+from colbench.files import write_aside
 from colbench.model import LOGITS_AT_ONCE
+from colbench.server import shown
+
+FREE = {"run", "preset", "trajectories", "preferences", "critic_folder", "policy", "policies", "names", "episodes", "metrics", "against",
+        "n_tasks", "k", "shard", "parallel", "tabs", "batch_tokens", "tokens_per_step", "gradient_checkpointing", "save_every", "log_with",
+        "retry_errors", "allow_weak_sandbox", "compare", "talk"}  # flags that say where, how much or how fast, not what comes out
+
+
+def keep_settings(output: Path, args, begun: bool, free=()) -> None:
+    """Keep a stage's flags beside its output, as OUTPUT_args.json. Where `output` was begun by an earlier call, print one line to
+    stderr that names the flags that differ now: what is there stays as it was made. free: more flags that may differ."""
+    path = output.with_name(output.name.removesuffix(".jsonl") + "_args.json")
+    now = {name: shown(value) for name, value in vars(args).items() if name not in FREE and name not in free}
+    now = json.loads(json.dumps(now, default=str))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if begun else None
+    except (OSError, ValueError):  # made elsewhere, or by an earlier version
+        before = None
+    if before is None:
+        return write_aside(path, lambda temporary: temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8"))
+    other = [f"--{name.replace('_', '-')} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if other:
+        print(f"warning: {output} was begun with {'; '.join(other)}: what is there stays; choose another --run, or delete it to start anew",
+              file=sys.stderr)
 
 
 def plan(title: str, rows: dict) -> None:

@@ -6,9 +6,9 @@
     python tests/study.py --out runs/sweep --sweep         # the same few settings for every method, on train-split tasks
 
 It calls the four scripts as a user would, one thread each, as many at once as there are cores: the main rows of all seeds, then the
-ablations, then best-of-N, then the rollouts. A job is done when its last file is there. OUT/table.md has mean and 95 % interval over
-seeds (Student's t), and the paired difference to SWEET over the same seeds; OUT/best_of_n.png and OUT/scaling.png are like the
-paper's Figures 3a and 3b (these need `pip install matplotlib`).
+ablations of Table 3, then best-of-N, then the rollouts, then the data scaling and the paper's policy settings. A job is done when
+its last file is there. OUT/table.md has mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the
+same seeds; OUT/best_of_n.png and OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
 """
 
 import argparse
@@ -54,19 +54,19 @@ def folder_name(row: str) -> str:
     return re.sub(r"\W+", "-", row.lower()).strip("-")
 
 
-def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, list, list, list]:
-    """Jobs of one seed, (file that ends the job, files it needs, command): the main rows, the ablations of Table 3 and the data
-    scaling of Figure 3b, best-of-N of Figure 3a, and the critics against rollouts."""
+def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
+    """Jobs of one seed, (file that ends the job, files it needs, command): the main rows, the ablations of Table 3, best-of-N of
+    Figure 3a, the critics against rollouts, the data scaling of Figure 3b with the paper's policy settings."""
     home, s = out / f"seed{seed}", ["--seed", str(seed)]
     data, held = home / "data" / "trajectories.jsonl", home / "held-out" / "trajectories.jsonl"
-    main, ablations, best_of, rollouts = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], []
+    main, ablations, best_of, rollouts, scaling = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], [], []
 
     def evaluate(jobs, row, needs, *flags, n=n_test):
         run = home / folder_name(row)
         jobs.append((run / "metrics.json", needs, ["evaluate.py", "--run", run, "--n-tasks", n, "--seed", 1000 + seed, *flags]))
 
     for row, flags in CRITICS.items():
-        run, jobs = home / folder_name(row), main if row == "SWEET" else ablations
+        run, jobs = home / folder_name(row), main if row == "SWEET" else scaling if "--max-trajectories" in flags else ablations
         jobs.append((run / "preferences.jsonl", [data], ["train_critic.py", "--run", run, "--trajectories", data, *flags, *s]))
         jobs.append((run / "policy", [run / "preferences.jsonl"], ["train_policy.py", "--run", run, *s]))
         evaluate(jobs, row, [run / "policy"], "--policies", run / "policy")
@@ -77,9 +77,9 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, list, list, l
     evaluate(main, "zero-shot", [], "--policies", "base")
     evaluate(main, "single turn", [], "--policies", "base", "--max-turns", 1)
     sweet, halves, value = home / folder_name("SWEET"), home / folder_name(PAPER_ROW), home / "value"
-    ablations.append((halves / "policy", [sweet / "preferences.jsonl"], [
+    scaling.append((halves / "policy", [sweet / "preferences.jsonl"], [
         "train_policy.py", "--run", halves, "--preferences", sweet / "preferences.jsonl", *PAPER_POLICY, *s]))
-    evaluate(ablations, PAPER_ROW, [halves / "policy"], "--policies", halves / "policy")
+    evaluate(scaling, PAPER_ROW, [halves / "policy"], "--policies", halves / "policy")
     best_of.append((value / "preferences.jsonl", [data], [
         "train_critic.py", "--run", value, "--trajectories", data, "--critic", "value", *s]))
     rollouts += [(held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 40, "--k", 1, "--candidate-share", 0.2,
@@ -96,7 +96,7 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, list, list, l
         ranked = home / "held-out" / f"{folder_name(row)}.jsonl"
         rollouts.append((ranked, [held, *needs], [
             "train_critic.py", "--run", run, "--trajectories", held, "--preferences", ranked, *flags, *s]))
-    return main, ablations, best_of, rollouts
+    return main, ablations, best_of, rollouts, scaling
 
 
 def jobs_of_sweep(out: Path, n_test: int) -> list[tuple]:
@@ -163,13 +163,16 @@ def success_of(path: Path) -> float | None:
     return policy["fixed"]["success"]
 
 
+def half_width(values: list[float]) -> float:
+    """Of the 95 % interval of the mean over seeds, by Student's t."""
+    t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}.get(len(values) - 1, 2.0)
+    return t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def interval(values: list[float]) -> str:
-    """Mean and 95 % interval over seeds by Student's t."""
     if len(values) < 2:
         return f"{values[0]:6.1%}" if values else ""
-    t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}.get(len(values) - 1, 2.0)
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):6.1%} ± {half:.1%}"
+    return f"{statistics.mean(values):6.1%} ± {half_width(values):.1%}"
 
 
 def label(task: dict, messages: list[dict], candidate: str) -> float:
@@ -242,9 +245,8 @@ def write_table(out: Path, seeds: list[int]) -> None:
     from matplotlib import pyplot
 
     def line(axes, name, xs, columns):
-        means = [statistics.mean(c.values()) for c in columns]
-        errors = [2.776 * statistics.stdev(c.values()) / math.sqrt(len(c)) if len(c) > 1 else 0 for c in columns]
-        axes.errorbar(xs, means, errors, marker="o", capsize=3, label=name)
+        columns = [list(column.values()) for column in columns]
+        axes.errorbar(xs, [statistics.mean(c) for c in columns], [half_width(c) for c in columns], marker="o", capsize=3, label=name)
 
     figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
     for row in RANKERS:

@@ -93,6 +93,19 @@ def test_finished_stages_do_nothing(finished):
         assert path.read_bytes() == content, path
 
 
+@pytest.mark.parametrize("script, changed, says", [
+    ("collect.py", [*SMALL, "--temperature", "0.7"], "trajectories.jsonl was begun with --temperature 1.0, not 0.7:"),
+    ("train_critic.py", ["--epochs", 4, "--no-hidden-info"], "critic was begun with --no-hidden-info False, not True:"),
+    ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy was begun with --beta 0.1, not 0.5:"),
+    ("evaluate.py", ["--n-tasks", 30, "--seed", 5], "episodes.jsonl was begun with --seed 1, not 5:")])
+def test_other_flags_in_a_finished_run_are_named_and_change_nothing(finished, script, changed, says):
+    before = {path: path.read_bytes() for path in finished.glob("*.jsonl")}
+    done = run(script, "--run", finished, *changed, "--tokens-per-step" if "train" in script else "--parallel", 900)
+    [warning] = [line for line in done.stderr.splitlines() if "warning: " in line]
+    assert says in warning and "900" not in warning  # how fast is no matter
+    assert {path: path.read_bytes() for path in finished.glob("*.jsonl")} == before
+
+
 def test_same_seed_same_trajectories(finished, tmp_path):
     run("collect.py", "--run", tmp_path, *SMALL)
     assert (tmp_path / "trajectories.jsonl").read_bytes() == (finished / "trajectories.jsonl").read_bytes()
