@@ -130,7 +130,9 @@ def policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_wei
 
 def draw_pairs(advantages: list[float], rng: random.Random, pairing: str, n: int, gap: float) -> list[tuple[int, int]]:
     """n random pairs (chosen, rejected) of candidate numbers at one state; fewer if it has fewer different ones. `gap` is in
-    the units of the advantages."""
+    the units of the advantages. Where all samples were one message a+ = a−: the log-ratios of (3) cancel, its NLL keeps the message."""
+    if len(advantages) == 1:
+        return [(0, 0)] * n
     ranked = sorted(range(len(advantages)), key=lambda k: -advantages[k])
     if pairing == "halves":
         half = len(ranked) // 2
@@ -150,7 +152,7 @@ def load_states(args, tokenizer) -> list[dict]:
     for number, row in numbered_rows(args.preferences, ("id", "sample", "turn", "messages", "candidates", "advantages")):
         if len(row["candidates"]) != len(row["advantages"]) or not all(map(math.isfinite, row["advantages"])):
             raise UserError(f"{args.preferences}:{number}: advantages: as many finite numbers as candidates are wanted")
-        if len(row["candidates"]) > 1 and not (args.skip_last_turn and row.get("last_turn")):
+        if row["candidates"] and not (args.skip_last_turn and row.get("last_turn")):
             rows.append(row)
     advantages = [a for row in rows for a in row["advantages"]]
     gap = args.gap * statistics.pstdev(advantages) if advantages else 0.0
@@ -161,7 +163,7 @@ def load_states(args, tokenizer) -> list[dict]:
         prompt, _ = encode_dialogue(tokenizer, row["messages"])
         used = sorted({k for pair in pairs for k in pair})
         leaves = {k: message_ids(tokenizer, row["candidates"][k], end_id) for k in used}
-        fitting = [pair for pair in pairs if len(prompt) + sum(len(leaves[k]) for k in pair) <= args.max_tokens]
+        fitting = [pair for pair in pairs if len(prompt) + sum(len(leaves[k]) for k in {*pair}) <= args.max_tokens]
         too_long += len(pairs) - len(fitting)
         used = sorted({k for pair in fitting for k in pair})
         if fitting:
@@ -170,7 +172,7 @@ def load_states(args, tokenizer) -> list[dict]:
             states.append({"trees": [(prompt, prompt_tokens, [leaves[k] for k in used])],
                            "pairs": [([number[a]], [number[b]]) for a, b in fitting]})
     if not states:
-        raise UserError(f"{args.preferences}: no pair to learn from: {len(rows)} states with two candidates or more, none with a "
+        raise UserError(f"{args.preferences}: no pair to learn from: {len(rows)} states with candidates, none with a "
                         f"pair by --pairing {args.pairing} within --max-tokens {args.max_tokens}")
     print(f"{sum(len(s['pairs']) for s in states)} pairs at {len(states)} of {len(rows)} states; {too_long} left out for their length")
     return states

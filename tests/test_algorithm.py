@@ -59,6 +59,15 @@ def test_pairs_of_candidates():
     drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), "gap", 4, 0.8)]
     assert {a for a, _ in drawn} == {2, 4} and {b for _, b in drawn} == {1, 3, 5}  # 0.9, 0.5 over what is <= 0.1
     assert draw_pairs([0.1, 0.1], random.Random(0), "gap", 4, 0.2) == []
+    for pairing in ("gap", "halves"):  # one message is all that was sampled
+        assert draw_pairs([0.3], random.Random(0), pairing, 4, 0.2) == [(0, 0)] * 4
+
+
+def test_a_message_paired_with_itself_teaches_its_nll_alone():
+    logps = torch.tensor([-0.7, -1.2, -0.1], requires_grad=True)
+    loss, _, _ = policy_loss(logps, logps, torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0, -1.0]), 0.1, 3.0)
+    loss.backward()
+    torch.testing.assert_close(logps.grad, torch.full((3,), -1.0))  # of 3 · mean(−logps)
 
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
