@@ -46,10 +46,10 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
-    "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=3e-4, pairs_per_task=4, epochs=2,
+    "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=1e-4, pairs_per_task=6, min_gap=0.5, epochs=2,
                  tokens_per_step=1024, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None, human="scripted", max_new_tokens=96),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
-                  learning_rate=5e-5, pairs_per_task=0, epochs=4, tokens_per_step=8192, max_tokens=8192,
+                  learning_rate=5e-5, pairs_per_task=0, min_gap=0.0, epochs=4, tokens_per_step=8192, max_tokens=8192,
                   gradient_checkpointing=True, agent_prompt=AGENT_PROMPT, human="self", max_new_tokens=1024),
 }
 TRAINED, UNTRAINED = ("logprob", "regression", "value"), ("untrained", "judge", "rollout")
@@ -84,7 +84,7 @@ def parse_args():
     group.add_argument("--beta", type=float, default=0.1, help="β of (2) (default: %(default)s)")
     group.add_argument("--nll-weight", type=float, default=0.01, help="weight of NLL(τ+) in (2) (default: %(default)s)")
     group.add_argument("--pairs-per-task", type=int, help="at most so many, drawn at random; 0: all (default: %(default)s)")
-    group.add_argument("--min-gap", type=float, default=0.0, help="leave out pairs whose rewards differ by less (default: %(default)s)")
+    group.add_argument("--min-gap", type=float, help="leave out pairs whose rewards differ by less (default: %(default)s)")
     group.add_argument("--max-trajectories", type=int, default=0, help="only so many, of the first tasks; 0: all (default: %(default)s)")
     group.add_argument("--rollouts", type=int, default=4, help="--critic rollout: dialogues a candidate (default: %(default)s)")
     group.add_argument("--human", help="--critic rollout: scripted, self or a server's URL (default: %(default)s)")

@@ -6,9 +6,8 @@
     python tests/study.py --out runs/sweep --sweep         # the same few settings for every method, on train-split tasks
 
 It calls the four scripts as a user would, one thread each, as many at once as there are cores: the main rows of all seeds, then the
-ablations of Table 3, then best-of-N, then the rollouts, then the data scaling and the paper's policy settings. A job is done when
-its last file is there. OUT/table.md has mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the
-same seeds; OUT/best_of_n.png and OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
+ablations of Table 3, the critics against rollouts, best-of-16, the rest. A job is done when its last file is there. OUT/table.md has
+mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the same seeds; OUT/best_of_n.png and OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
 """
 
 import argparse
@@ -55,18 +54,18 @@ def folder_name(row: str) -> str:
 
 
 def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
-    """Jobs of one seed, (file that ends the job, files it needs, command): the main rows, the ablations of Table 3, best-of-N of
-    Figure 3a, the critics against rollouts, the data scaling of Figure 3b with the paper's policy settings."""
+    """Jobs of one seed, (file that ends the job, files it needs, command): the main rows, the ablations of Table 3, the critics
+    against rollouts, best-of-16, and the rest: smaller N, the data scaling of Figure 3b, the paper's policy settings."""
     home, s = out / f"seed{seed}", ["--seed", str(seed)]
     data, held = home / "data" / "trajectories.jsonl", home / "held-out" / "trajectories.jsonl"
-    main, ablations, best_of, rollouts, scaling = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], [], []
+    main, ablations, rollouts, best_of, rest = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], [], []
 
     def evaluate(jobs, row, needs, *flags, n=n_test):
         run = home / folder_name(row)
         jobs.append((run / "metrics.json", needs, ["evaluate.py", "--run", run, "--n-tasks", n, "--seed", 1000 + seed, *flags]))
 
     for row, flags in CRITICS.items():
-        run, jobs = home / folder_name(row), main if row == "SWEET" else scaling if "--max-trajectories" in flags else ablations
+        run, jobs = home / folder_name(row), main if row == "SWEET" else rest if "--max-trajectories" in flags else ablations
         jobs.append((run / "preferences.jsonl", [data], ["train_critic.py", "--run", run, "--trajectories", data, *flags, *s]))
         jobs.append((run / "policy", [run / "preferences.jsonl"], ["train_policy.py", "--run", run, *s]))
         evaluate(jobs, row, [run / "policy"], "--policies", run / "policy")
@@ -77,9 +76,9 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
     evaluate(main, "zero-shot", [], "--policies", "base")
     evaluate(main, "single turn", [], "--policies", "base", "--max-turns", 1)
     sweet, halves, value = home / folder_name("SWEET"), home / folder_name(PAPER_ROW), home / "value"
-    scaling.append((halves / "policy", [sweet / "preferences.jsonl"], [
+    rest.append((halves / "policy", [sweet / "preferences.jsonl"], [
         "train_policy.py", "--run", halves, "--preferences", sweet / "preferences.jsonl", *PAPER_POLICY, *s]))
-    evaluate(scaling, PAPER_ROW, [halves / "policy"], "--policies", halves / "policy")
+    evaluate(rest, PAPER_ROW, [halves / "policy"], "--policies", halves / "policy")
     best_of.append((value / "preferences.jsonl", [data], [
         "train_critic.py", "--run", value, "--trajectories", data, "--critic", "value", *s]))
     rollouts += [(held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 40, "--k", 1, "--candidate-share", 0.2,
@@ -92,11 +91,12 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
         critic = "untrained" if row == "untrained" else run / "critic"
         needs = [] if row == "untrained" else [run / "preferences.jsonl"]
         for n in BEST_OF:
-            evaluate(best_of, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n, "--critic", critic, n=min(150, n_test))
+            evaluate(best_of if n == BEST_OF[-1] else rest, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n,
+                     "--critic", critic, n=min(150, n_test))
         ranked = home / "held-out" / f"{folder_name(row)}.jsonl"
         rollouts.append((ranked, [held, *needs], [
             "train_critic.py", "--run", run, "--trajectories", held, "--preferences", ranked, *flags, *s]))
-    return main, ablations, best_of, rollouts, scaling
+    return main, ablations, rollouts, best_of, rest
 
 
 def jobs_of_sweep(out: Path, n_test: int) -> list[tuple]:

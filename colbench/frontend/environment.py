@@ -24,7 +24,7 @@ PRESETS = {
     },
     "train_critic": {
         "tiny": dict(run="runs/tiny-frontend", model=TINY, tokens_per_step=2048, max_tokens=2048, epochs=2, min_gap=0.1,
-                     page_language="edits"),
+                     learning_rate=3e-4, pairs_per_task=4, page_language="edits"),
         "llama": dict(run="runs/llama-frontend", page_language="html", agent_prompt=PAGE_PROMPT, max_tokens=16384,
                       tokens_per_step=16384, min_gap=0.1),
     },
