@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
     """A whole small run."""
     directory = tmp_path_factory.mktemp("run")
     run("collect.py", "--run", directory, *SMALL)
-    run("train_critic.py", "--run", directory, "--epochs", 4)
+    run("train_critic.py", "--run", directory, "--epochs", 4, "--learning-rate", "3e-4")
     run("train_policy.py", "--run", directory, "--epochs", 1)
     run("evaluate.py", "--run", directory, "--n-tasks", 30)
     return directory
@@ -95,7 +95,7 @@ def test_finished_stages_do_nothing(finished):
 
 @pytest.mark.parametrize("script, changed, says", [
     ("collect.py", [*SMALL, "--temperature", "0.7"], "trajectories.jsonl was begun with --temperature 1.0, not 0.7:"),
-    ("train_critic.py", ["--epochs", 4, "--no-hidden-info"], "critic was begun with --no-hidden-info False, not True:"),
+    ("train_critic.py", ["--epochs", 4, "--learning-rate", "3e-4", "--no-hidden-info"], "critic was begun with --no-hidden-info False, not True:"),
     ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy was begun with --beta 0.1, not 0.5:"),
     ("evaluate.py", ["--n-tasks", 30, "--seed", 5], "episodes.jsonl was begun with --seed 1, not 5:")])
 def test_other_flags_in_a_finished_run_are_named_and_change_nothing(finished, script, changed, says):
