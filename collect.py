@@ -100,7 +100,6 @@ def main():
     part = slice(args.shard[0] - 1, None, args.shard[1])
     lock = lock_run(args.trajectories.parent, f"collect-{args.trajectories.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.trajectories)
-    keep_settings(args.trajectories, args, begun=bool(lines))
     if args.add_candidates_to:
         todo = load_trajectories(args.add_candidates_to)[part]
     else:
@@ -114,6 +113,7 @@ def main():
     done = {(line["id"], line["sample"]): line for line in lines}
     missing = [key for key in order if key not in done]
     if not missing:
+        keep_settings(args.trajectories, args, begun=True)
         if list(done) != order or not order:  # killed before the last step, shards put together, an empty shard
             rewrite(args.trajectories, lines, order)
         print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
@@ -148,6 +148,7 @@ def main():
             batches = keep_sound(play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
                                       parallel=args.parallel, done=done, final_page=frontend and frontend.final_page,
                                       **settings), servers)
+        keep_settings(args.trajectories, args, begun=bool(lines))
         bar = tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
         for episodes in batches:
             unscored = [e for e in episodes if "reward" not in e and not failed(e)]

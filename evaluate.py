@@ -18,6 +18,7 @@ Interrupted, the same command goes on.
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,7 +140,6 @@ def main():
     tasks = list({task["id"]: task for task in tasks}.values())[args.shard[0] - 1::args.shard[1]]  # a task twice is one task
     lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends
     lines = repair_jsonl(args.episodes)
-    keep_settings(args.episodes, args, begun=bool(lines), free=("critic", "best_of"))  # both name a row of their own
     order = [(name, task["id"], sample) for name in args.names.values() for sample in range(args.k) for task in tasks]
     if args.retry_errors:
         lines = [line for line in lines if not failed(line)]
@@ -148,7 +148,9 @@ def main():
             for policy, name in args.names.items()}
     todo = [(task, sample) for sample in range(args.k) for task in tasks]
     missing = {policy: sum((task["id"], s) not in done[policy] for task, s in todo) for policy in args.policies}
+    keep = partial(keep_settings, args.episodes, args, bool(lines), free=("critic", "best_of"))  # both name a row of their own
     if not any(missing.values()):
+        keep()
         rewrite(args.episodes, lines, order)  # killed before the last step, or shards put together
         print(f"{args.episodes} is complete: nothing to play")
         report(args, tasks, lines, order)
@@ -185,6 +187,7 @@ def main():
                            n_candidates=args.best_of, candidate_share=float(args.best_of > 1), choose=choose,
                            temperature=args.temperature, max_new_tokens=args.max_new_tokens, parallel=args.parallel,
                            seed=args.seed, done=done[policy], final_page=frontend and frontend.final_page)
+            keep()
             wins, bar = 0, tqdm(total=missing[policy], desc=args.names[policy], unit="episode", smoothing=0)
             for episodes in keep_sound(batches, servers):
                 sound = [e for e in episodes if not failed(e)]

@@ -35,8 +35,7 @@ from colbench.model import (adapters_off, add_lora, candidate_trees, context_len
                             message_logps, message_means, pack, tree_tokens)
 from colbench.show import keep_settings, next_step, training_plan
 from colbench.tasks import failed, load_trajectories, of_first_tasks
-from colbench.training import (DIVERGED, StepLog, cached_logps, checkpoint_path, load_checkpoint, save_checkpoint, save_trained,
-                               value_head)
+from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head
 
 import torch
 import torch.nn.functional as F
@@ -195,10 +194,9 @@ def main():
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
         lock = lock_run(args.critic_folder.parent, args.critic_folder.name)  # noqa: F841  held until the process ends
-        output = args.preferences if args.critic in UNTRAINED else args.critic_folder
-        keep_settings(output, args, begun=output.exists() or checkpoint_path(output).exists())
     trained = args.critic_folder.exists() or args.critic in UNTRAINED
     if trained and args.preferences.exists() and not states_to_rank(args)[1]:
+        keep_settings(args.critic_folder if args.critic in TRAINED else args.preferences, args, begun=True)
         print(f"{args.preferences} is complete: nothing to do; next: python train_policy.py")
         return
     tokenizer = load_tokenizer(args.model)
@@ -238,6 +236,7 @@ def train(args, accelerator, model, reference, tokenizer, trajectories, pairs, t
     first = load_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule)
     log = StepLog(accelerator, beside("_log.jsonl"), first)
     if accelerator.is_main_process:
+        keep_settings(args.critic_folder, args, begun=bool(first))
         tokens = args.epochs * sum(tree_tokens(trees[index]) for pair in pairs for index in pair)
         what = f"{args.batch_size} of {len(pairs)} {'trajectories' if args.critic == 'value' else 'pairs'}"
         training_plan("train_critic", args, model, steps, first, what, tokens, args.critic_folder)
@@ -348,6 +347,9 @@ def rank(args, accelerator, model, reference_logps, tokenizer):
     """Writes preferences.jsonl, a chunk of states at a time. After an interruption a chunk that lacks a state is computed as a
     whole: its batches, and with them the last bits, stay the same."""
     (states, missing), left_out = states_to_rank(args), 0
+    if accelerator.is_main_process:
+        output = args.critic_folder if args.critic in TRAINED else args.preferences
+        keep_settings(output, args, begun=output.exists())
     chunk = 16 * accelerator.num_processes
     bar = tqdm(total=len(states), desc="ranking", unit="state", disable=not accelerator.is_main_process)
     for start in range(0, len(states), chunk):

@@ -37,7 +37,7 @@ from colbench.model import (adapters_off, add_lora, context_length, encode_dialo
                             message_ids, message_logps, pack, tree_tokens)
 from colbench.show import keep_settings, next_step, training_plan
 from colbench.tasks import load_trajectories, of_first_tasks
-from colbench.training import DIVERGED, StepLog, cached_logps, checkpoint_path, load_checkpoint, save_checkpoint, save_trained
+from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained
 from train_critic import make_pairs  # multi-turn DPO: trajectories of one task, r(τ+) > r(τ−)
 
 import torch
@@ -210,8 +210,8 @@ def main():
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
         lock = lock_run(args.policy.parent, args.policy.name)  # noqa: F841  held until the process ends
-        keep_settings(args.policy, args, begun=args.policy.exists() or checkpoint_path(args.policy).exists())
     if args.policy.exists():
+        keep_settings(args.policy, args, begun=True)
         print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (delete the folder to train again)")
         return
     tokenizer = load_tokenizer(args.model)
@@ -242,6 +242,7 @@ def main():
     first = load_checkpoint(accelerator, args.policy, model, optimizer, schedule)
     log = StepLog(accelerator, beside("_log.jsonl"), first)
     if accelerator.is_main_process:
+        keep_settings(args.policy, args, begun=bool(first))
         training_plan("train_policy", args, model, steps, first, f"up to {args.batch_size} pairs", args.epochs * sum(sizes), args.policy)
     accelerator.init_trackers("policy", config={name: str(value) for name, value in vars(args).items()})
     model.train()

@@ -12,7 +12,7 @@ from colbench.server import shown
 
 FREE = {"run", "preset", "trajectories", "preferences", "critic_folder", "policy", "policies", "names", "episodes", "metrics", "against",
         "n_tasks", "k", "shard", "parallel", "tabs", "batch_tokens", "tokens_per_step", "gradient_checkpointing", "save_every", "log_with",
-        "retry_errors", "allow_weak_sandbox", "compare", "talk"}  # flags that say where, how much or how fast, not what comes out
+        "max_tokens", "retry_errors", "allow_weak_sandbox", "compare", "talk"}  # flags that say where, how much or how fast, not what comes out
 
 
 def keep_settings(output: Path, args, begun: bool, free=()) -> None:
