@@ -7,7 +7,8 @@
 
 It calls the four scripts as a user would, one thread each, as many at once as there are cores: the main rows of all seeds, then the
 ablations of Table 3, the critics against rollouts, best-of-16, the rest. A job is done when its last file is there. OUT/table.md has
-mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the same seeds; OUT/best_of_n.png and OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
+mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the same seeds; OUT/best_of_n.png and
+OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
 """
 
 import argparse
