@@ -46,7 +46,7 @@ from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=1e-4, pairs_per_task=6, min_gap=0.5, epochs=2,
-                 tokens_per_step=1024, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None, human="scripted", max_new_tokens=96),
+                 tokens_per_step=384, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None, human="scripted", max_new_tokens=96),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
                   learning_rate=5e-5, pairs_per_task=0, min_gap=0.0, epochs=4, tokens_per_step=8192, max_tokens=8192,
                   gradient_checkpointing=True, agent_prompt=AGENT_PROMPT, human="self", max_new_tokens=1024),

@@ -48,7 +48,7 @@ from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=5e-4, epochs=2, batch_size=32,
-                 pairing="gap", skip_last_turn=True, nll_weight=3.0, pairs_per_task=4, tokens_per_step=1024, max_tokens=1024,
+                 pairing="gap", skip_last_turn=True, nll_weight=3.0, pairs_per_task=4, tokens_per_step=384, max_tokens=1024,
                  gradient_checkpointing=False),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
                   learning_rate=5e-5, epochs=1, batch_size=8, pairing="halves", skip_last_turn=False, nll_weight=0.01,

@@ -10,6 +10,7 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 
 import contextlib
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -171,7 +172,7 @@ def encode_dialogue(tokenizer, messages: list[dict]) -> tuple[list[int], list[tu
     messages, contents = [*messages, {"role": "assistant", "content": None}], {}
     for i, message in enumerate(messages[:-1]):  # the template gets a place holder for a text that holds its marks
         text = message["content"].strip()
-        if "\ue000" in text or text_ids(tokenizer, text) != tokenizer.encode(text, add_special_tokens=False):
+        if "\ue000" in text or _ids(tokenizer, text, True) != _ids(tokenizer, text, False):
             contents[f"\ue000{i}\ue000"] = text
             messages[i] = {"role": message["role"], "content": f"\ue000{i}\ue000"}
     ids, spans, done = [], [], ""
@@ -182,7 +183,7 @@ def encode_dialogue(tokenizer, messages: list[dict]) -> tuple[list[int], list[tu
         if not text.startswith(done):
             raise UserError("the chat template rewrites earlier turns when a new one comes; choose a model whose template does not")
         for piece in re.split("(\ue000[0-9]+\ue000)", text[len(done):]):
-            ids += text_ids(tokenizer, contents[piece]) if piece in contents else tokenizer.encode(piece, add_special_tokens=False)
+            ids += text_ids(tokenizer, contents[piece]) if piece in contents else _ids(tokenizer, piece, False)
         if message["content"] is not None:
             content = message["content"].strip()
             start = len(ids)
@@ -194,7 +195,12 @@ def encode_dialogue(tokenizer, messages: list[dict]) -> tuple[list[int], list[tu
 
 def text_ids(tokenizer, text: str) -> list[int]:
     """Tokens of a text that somebody wrote: what looks like a special token in it is text."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return list(_ids(tokenizer, text, True))
+
+
+@lru_cache(maxsize=1 << 16)  # a dialogue is tokenised again at each of its turns
+def _ids(tokenizer, text: str, split_special_tokens: bool) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split_special_tokens))
 
 
 def message_ids(tokenizer, content: str, end_id: int) -> list[int]:

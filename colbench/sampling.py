@@ -108,17 +108,21 @@ class RoomyLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         n, m = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
         if not n:
-            return super().update(key_states, value_states, *args, **kwargs)
+            super().update(key_states, value_states, *args, **kwargs)  # sets keys and values, and the layer's dtype and device
         if self.room is None or self.room[0].shape[2] < m:
-            self.room = [F.pad(old, (0, 0, 0, m // 8 + 64)) for old in (self.keys, self.values)]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, n:m] = new
-        self.keys, self.values = (room[:, :, :m] for room in self.room)
+            self.room = [F.pad(old, (0, 0, 0, m + m // 8 + 32 - old.shape[2])) for old in (self.keys, self.values)]
+        if n:
+            for room, new in zip(self.room, (key_states, value_states)):
+                room[:, :, n:m] = new
+        self._show(m)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.room = None
+        self.room = [room.index_select(0, indices) for room in self.room]
+        self._show(self.get_seq_length())
+
+    def _show(self, n: int) -> None:
+        self.keys, self.values = (room[:, :, :n] for room in self.room)
 
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
