@@ -9,6 +9,7 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 """
 
 import contextlib
+import ctypes
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,9 @@ from colbench.hub import why_not
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny", "tiny-frontend": Path(__file__).parent / "frontend" / "tiny"}
 LOGITS_AT_ONCE = 2**26  # message_logps holds at most so many logits, 256 MB in float32: 523 positions of a 128k vocabulary
 torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory; fetching it anew costs more than most tensor operations
+    libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older versions allow no more than 32 MB
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
