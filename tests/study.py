@@ -82,7 +82,7 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
     evaluate(rest, PAPER_ROW, [halves / "policy"], "--policies", halves / "policy")
     best_of.append((value / "preferences.jsonl", [data], [
         "train_critic.py", "--run", value, "--trajectories", data, "--critic", "value", *s]))
-    rollouts += [(held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 40, "--k", 1, "--candidate-share", 0.2,
+    rollouts += [(held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 24, "--k", 1, "--candidate-share", 0.2,
                              "--seed", 500 + seed]),
                  (home / "held-out" / "rollout.jsonl", [held], [
                      "train_critic.py", "--run", held.parent, "--critic", "rollout", "--rollouts", 8,
