@@ -11,6 +11,7 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 import contextlib
 import ctypes
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from colbench.hub import why_not
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny", "tiny-frontend": Path(__file__).parent / "frontend" / "tiny"}
 LOGITS_AT_ONCE = 2**26  # message_logps holds at most so many logits, 256 MB in float32: 523 positions of a 128k vocabulary
 torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory; fetching it anew costs more than most tensor operations
+libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+if hasattr(libc, "mallopt"):  # glibc: keep freed memory; fetching it anew costs more than most tensor operations
     libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older versions allow no more than 32 MB
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -224,7 +226,7 @@ def message_logps(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
     Returns per tree a list of (tokens in the message,) float32 tensors: spans first, then leaves.
     """
     hidden, _, predict, lengths = _last_layer(model, trees)
-    base, hidden = _base(model), hidden[predict]  # (tokens of all messages, hidden size)
+    base, hidden = base_of(model), hidden[predict]  # (tokens of all messages, hidden size)
     targets = [token for trunk, spans, leaves in trees
                for message in [*(trunk[a:b] for a, b in spans), *leaves] for token in message]
     chunk = max(1, LOGITS_AT_ONCE // base.get_output_embeddings().out_features)
@@ -244,7 +246,7 @@ def message_means(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
     return [[next(per_message).mean(0) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
 
 
-def _base(model):
+def base_of(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model  # adapters are inside its layers
 
 
@@ -273,37 +275,37 @@ def _last_layer(model, trees: list[tuple]):
             positions += range(len(trunk), len(trunk) + len(leaf))
             tree_of += [t] * len(leaf)
             leaf_of += [k] * len(leaf)
-    base = _base(model)
+    base = base_of(model)
     device = base.device
     place, tree, leaf = torch.arange(len(ids), device=device), *torch.tensor([tree_of, leaf_of], device=device)
     position = torch.tensor(positions, device=device)
     visible = (tree[:, None] == tree) & ((leaf == -1) | (leaf[:, None] == leaf)) & (place[:, None] >= place)  # (query, key)
     hidden = base.get_decoder()(
         input_ids=torch.tensor([ids], device=device), position_ids=position[None],
-        attention_mask=_attention_masks(base, visible, position), use_cache=False,
+        attention_mask=attention_masks(base, visible[None], (position[:, None] - position)[None]), use_cache=False,
     ).last_hidden_state[0]
     return hidden, torch.tensor(places, device=device), torch.tensor(predict, device=device), lengths
 
 
-def _attention_masks(base, visible: torch.Tensor, position: torch.Tensor):
-    """What the decoder takes as attention mask for visible (query, key): as it is, or kept to a window of positions (Mistral),
-    or one mask for each kind of layer (Gemma)."""
+def attention_masks(base, visible: torch.Tensor, distance: torch.Tensor):
+    """What the decoder takes as attention mask for visible (rows, queries, keys): as it is, or kept to a window (Mistral) by the keys'
+    distance from the query in positions, or one mask for each kind of layer (Gemma)."""
     config = base.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     masks = {"full_attention": visible}
     if window:
-        masks["sliding_attention"] = visible & (position[:, None] - position < window)
+        masks["sliding_attention"] = visible & (distance < window)
     for kind, mask in masks.items():
         if config._attn_implementation == "eager":  # it adds the mask to the scores
             mask = torch.zeros_like(mask, dtype=base.dtype).masked_fill(~mask, torch.finfo(base.dtype).min)
-        masks[kind] = mask[None, None]
+        masks[kind] = mask[:, None]
     return masks if window and kinds else list(masks.values())[-1]
 
 
 def _token_logps(base, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probs of targets (n,) given the last layer's output hidden (n, hidden size), float32 (n,). Under `checkpoint` the
     logits (n, vocabulary) are dropped after the forward pass and computed again, chunk by chunk, in the backward pass."""
-    return -F.cross_entropy(_logits(base, hidden), targets, reduction="none")
+    return -F.cross_entropy(logits_of(base, hidden), targets, reduction="none")
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -315,7 +317,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx, base, hidden, targets):
         with torch.set_grad_enabled(ctx.needs_input_grad[1]):
             hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
-            logits = _logits(base, hidden)
+            logits = logits_of(base, hidden)
         slope = logits.detach()
         total = slope.logsumexp(-1, keepdim=True)
         logps = slope.gather(-1, targets[:, None]) - total
@@ -331,7 +333,7 @@ class _FrozenHead(torch.autograd.Function):
         return None, (gradient[:, None] * slope).to(slope.dtype), None
 
 
-def _logits(base, hidden: torch.Tensor) -> torch.Tensor:
+def logits_of(base, hidden: torch.Tensor) -> torch.Tensor:
     """(n, hidden size) -> (n, vocabulary) float32."""
     config = base.config.get_text_config()
     logits = base.get_output_embeddings()(hidden).float()

@@ -1,5 +1,5 @@
-"""Messages from a model in this process: each prompt is computed once, rows leave the batch when they are done, and a message
-depends on its own seed alone."""
+"""Messages from a model in this process: each prompt is computed and held once however many messages are drawn from it, what is done
+leaves the batch, and a message depends on its own seed alone."""
 
 import contextlib
 
@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from colbench.model import adapters_off, encode_dialogue, end_of_turn
+from colbench.model import adapters_off, attention_masks, base_of, encode_dialogue, end_of_turn, logits_of
 from colbench.server import Reply
+
+PROMPT, PADDING = -1, -2  # owners of a row's tokens that belong to no message
 
 
 class LocalChat:
     """Samples messages from a model in this process. Same interface as colbench.server.ServerChat.
 
     adapters: False samples from the base model under a PEFT model's adapters.
-    batch_tokens: bound on rows x (prompt + new tokens) in one batch; lower it when memory runs out.
+    batch_tokens: bound on the tokens of one batch, prompts and all that may be said; lower it when memory runs out.
     repeatable: equal calls give equal messages on one machine.
     """
 
@@ -41,63 +43,91 @@ class LocalChat:
             if room < 1:
                 error = RuntimeError(f"context full: {len(prompt)} tokens of {self.context}")
                 replies[i] = [error] * len(seeds[i])
-            else:
-                jobs += [(prompt, room, i, j) for j in range(len(seeds[i]))]
-        jobs.sort(key=lambda job: (len(job[0]), job[2], job[3]))
-        while jobs:
-            rows = 1
-            while rows < len(jobs) and (rows + 1) * (len(jobs[rows][0]) + jobs[rows][1]) <= self.batch_tokens:
+                continue
+            at_once = max(1, (self.batch_tokens - len(prompt)) // room)
+            for j in range(0, len(seeds[i]), at_once):
+                jobs.append((prompt, room, seeds[i][j:j + at_once], i, j))
+        jobs.sort(key=lambda job: (len(job[2]), len(job[0]), job[3:]))
+        while jobs:  # rows with equally many messages share a batch
+            rows, n = 1, len(jobs[0][2])
+            while (rows < len(jobs) and len(jobs[rows][2]) == n
+                   and (rows + 1) * (len(jobs[rows][0]) + n * jobs[rows][1]) <= self.batch_tokens):
                 rows += 1
             batch, jobs = jobs[:rows], jobs[rows:]
-            for (_, _, i, j), ids in zip(batch, self._generate(batch, seeds, temperature)):
-                text = self.tokenizer.decode([t for t in ids if t not in self.stops], skip_special_tokens=True,
-                                             clean_up_tokenization_spaces=False)  # Llama-3.1's setting would edit code
-                for mark in stop or ():
-                    text = text.split(mark)[0]
-                replies[i][j] = Reply(text.strip(), len(ids))
+            for (*_, i, j), messages in zip(batch, self._generate([job[:3] for job in batch], temperature)):
+                for k, ids in enumerate(messages, j):
+                    text = self.tokenizer.decode([t for t in ids if t not in self.stops], skip_special_tokens=True,
+                                                 clean_up_tokenization_spaces=False)  # Llama-3.1's setting would edit code
+                    for mark in stop or ():
+                        text = text.split(mark)[0]
+                    replies[i][k] = Reply(text.strip(), len(ids))
         return replies
 
     @torch.inference_mode()
-    def _generate(self, batch, seeds, temperature) -> list[list[int]]:
-        """Token ids of one message per job (prompt, room, i, j). Each distinct prompt is computed once; rows leave when done."""
-        device = self.model.device
-        prompts = list({i: prompt for prompt, _, i, _ in batch}.items())
-        width = max(len(prompt) for _, prompt in prompts)
-        ids = torch.tensor([[0] * (width - len(p)) + p for _, p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in prompts], device=device)
-        steps = max(room for _, room, _, _ in batch)
-        # one uniform number per token, from the row's own seed
-        uniforms = torch.stack([
-            torch.rand(steps, generator=torch.Generator().manual_seed(seeds[i][j]), dtype=torch.float64) for _, _, i, j in batch
-        ]).to(device)
-        cache = DynamicCache(config=self.model.config)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    def _generate(self, batch, temperature) -> list[list[list[int]]]:
+        """Token ids of one message per seed for every job (prompt, tokens a message may have, seeds).
+
+        A row of the batch is a prompt. Behind it, in the same cache, come the tokens of its messages, at each step one of every
+        message that goes on, side by side. A message sees the prompt and the tokens that are its own: `owner` says whose each is.
+        """
+        base, device = base_of(self.model), self.model.device
+        width = max(len(prompt) for prompt, _, _ in batch)
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _, _ in batch], device=device)
+        owner = torch.tensor([[PADDING] * (width - len(prompt)) + [PROMPT] * len(prompt) for prompt, _, _ in batch], device=device)
+        position = ((owner == PROMPT).cumsum(1) - 1).clamp(min=0)  # (rows, tokens so far), as `owner`
+        messages = [[[] for _ in seeds] for _, _, seeds in batch]
+        live = [(row, k) for row, (_, _, seeds) in enumerate(batch) for k in range(len(seeds))]
+        rows, steps = list(range(len(batch))), max(room for _, room, _ in batch)
+        # one uniform number per token, from the message's own seed
+        uniforms = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                                for _, _, seeds in batch for seed in seeds]).to(device)
+        cache = DynamicCache()
+        cache.layers = [RoomyLayer() for _ in range(base.config.get_text_config().num_hidden_layers)]
         with adapters_off(self.model) if not self.adapters else contextlib.nullcontext():
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                             past_key_values=cache, use_cache=True, logits_to_keep=1)
-            index = {i: row for row, (i, _) in enumerate(prompts)}
-            rows = torch.tensor([index[i] for _, _, i, _ in batch], device=device)
-            logits = out.logits[rows, -1]
-            cache.batch_select_indices(rows)
-            mask, messages, live = mask[rows], [[] for _ in batch], list(range(len(batch)))
+            hidden = base.get_decoder()(input_ids=ids, attention_mask=(owner == PROMPT).long(), position_ids=position,
+                                        past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            logits = logits_of(base, hidden)[[row for row, _ in live]]
             for step in range(steps):
-                token = _draw(logits, uniforms[live, step], temperature)
-                for row, value in zip(live, token.tolist()):
-                    messages[row].append(value)
-                keep = [k for k, row in enumerate(live)
-                        if messages[row][-1] not in self.stops and len(messages[row]) < batch[row][1]]
+                token = _draw(logits, uniforms[:, step], temperature)
+                for (row, k), value in zip(live, token.tolist()):
+                    messages[row][k].append(value)
+                keep = [i for i, (row, k) in enumerate(live)
+                        if messages[row][k][-1] not in self.stops and len(messages[row][k]) < batch[row][1]]
                 if not keep:
                     break
-                if len(keep) < len(live):
-                    live = [live[k] for k in keep]
-                    keep = torch.tensor(keep, device=device)
-                    token, mask = token[keep], mask[keep]
-                    cache.batch_select_indices(keep)
-                mask = F.pad(mask, (0, 1), value=1)
-                out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                                 past_key_values=cache, use_cache=True)
-                logits = out.logits[:, -1]
+                if len(keep) < len(live) or not step:
+                    live, keep = [live[i] for i in keep], torch.tensor(keep, device=device)
+                    token, uniforms = token[keep], uniforms[keep]
+                    going = sorted({row for row, _ in live})
+                    if len(going) < len(rows):
+                        going_on = torch.tensor([rows.index(row) for row in going], device=device)
+                        cache.batch_select_indices(going_on)
+                        rows, owner, position = going, owner[going_on], position[going_on]
+                    place, column, query = _columns(rows, live, device)
+                    start = position[:, width - 1:width] + 1  # (rows, 1), tokens of each prompt
+                ids = torch.zeros_like(query)
+                ids[place, column] = token
+                now = (start + step).expand_as(query)
+                owner, position = torch.cat([owner, query], 1), torch.cat([position, now], 1)
+                visible = (owner[:, None] == PROMPT) | (owner[:, None] == query[:, :, None])  # (rows, queries, keys)
+                mask = attention_masks(base, visible, now[:, :, None] - position[:, None])
+                hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=now, past_key_values=cache,
+                                            use_cache=True).last_hidden_state
+                logits = logits_of(base, hidden[place, column])
         return messages
+
+
+def _columns(rows: list[int], live: list[tuple[int, int]], device):
+    """Where the next token of each live message (row, number) stands: its place among `rows`, its column, and (rows, columns)
+    with the owner of each, PADDING where a row has fewer messages than another."""
+    used, where, order = dict.fromkeys(rows, 0), [], {row: place for place, row in enumerate(rows)}
+    for row, _ in live:
+        where.append((order[row], used[row]))
+        used[row] += 1
+    place, column = torch.tensor(where, device=device).T
+    query = torch.full((len(rows), max(used.values())), PADDING, device=device)
+    query[place, column] = torch.tensor([k for _, k in live], device=device)
+    return place, column, query
 
 
 class RoomyLayer(DynamicLayer):

@@ -215,8 +215,7 @@ def test_every_stop_token_ends_a_message(small):
     chat = LocalChat(model, tokenizer)
     assert chat.stops == set(ends)
     prompt, _ = encode_dialogue(tokenizer, DIALOGUES["request"])
-    jobs = [(prompt, 300, 0, j) for j in range(64)]
-    rows = chat._generate(jobs, [list(range(64))], 1.0)
+    [rows] = chat._generate([(prompt, 300, list(range(64)))], 1.0)
     last = {row[-1] for row in rows if len(row) < 300}
     assert last == set(ends)
     assert all(token not in chat.stops for row in rows for token in row[:-1])

@@ -69,8 +69,7 @@ def main():
                                   pad_token_id=0, eos_token_id=None, **settings)[:, len(prompt):].tolist()
 
     def ours(temperature):
-        jobs = [(prompt, args.tokens, 0, j) for j in range(args.rows)]
-        return chat._generate(jobs, [seeds], temperature)
+        return chat._generate([(prompt, args.tokens, seeds)], temperature)[0]
 
     greedy, expected = ours(0), generate(do_sample=False)
     if greedy != expected:
