@@ -18,7 +18,6 @@ Interrupted, the same command goes on.
 import argparse
 import json
 import math
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +34,7 @@ from colbench.report import write_report
 from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share, success
 from colbench.server import ServerChat, shown
-from colbench.show import keep_settings, model_row, plan, sampling_memory
+from colbench.show import keep_settings, keep_weights, model_row, plan, sampling_memory
 from colbench.talk import talk
 from colbench.tasks import failed, load_tasks
 from colbench.training import value_head
@@ -148,7 +147,12 @@ def main():
             for policy, name in args.names.items()}
     todo = [(task, sample) for sample in range(args.k) for task in tasks]
     missing = {policy: sum((task["id"], s) not in done[policy] for task, s in todo) for policy in args.policies}
-    keep = partial(keep_settings, args.episodes, args, bool(lines), free=("critic", "best_of"))  # both name a row of their own
+
+    def keep():  # one file holds what was played with one set of flags; --critic and --best-of name a row of their own
+        keep_settings(args.episodes, args, bool(lines), free=("critic", "best_of"), refuse=True)
+        trained = [*args.policies, *([args.critic] if args.best_of > 1 else [])]
+        keep_weights(args.episodes, [folder for folder in trained if not args.agent_server and Path(folder).is_dir()])
+
     if not any(missing.values()):
         keep()
         rewrite(args.episodes, lines, order)  # killed before the last step, or shards put together

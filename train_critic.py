@@ -33,7 +33,7 @@ from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_
 from colbench.judges import judge_scores, rollout_scores
 from colbench.model import (adapters_off, add_lora, candidate_trees, context_length, encode_dialogue, load_model, load_tokenizer,
                             message_logps, message_means, pack, tree_tokens)
-from colbench.show import keep_settings, next_step, training_plan
+from colbench.show import keep_settings, keep_weights, next_step, training_plan
 from colbench.tasks import failed, load_trajectories, of_first_tasks
 from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head
 
@@ -197,8 +197,11 @@ def main():
     trained = args.critic_folder.exists() or args.critic in UNTRAINED
     if trained and args.preferences.exists() and not states_to_rank(args)[1]:
         keep_settings(args.critic_folder if args.critic in TRAINED else args.preferences, args, begun=True)
+        keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
         print(f"{args.preferences} is complete: nothing to do; next: python train_policy.py")
         return
+    if not trained and args.preferences.exists() and args.preferences.stat().st_size:
+        raise UserError(f"{args.preferences}: holds another critic's ranking; delete it to train and rank anew, or choose another --run")
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
     if not trained:
@@ -350,6 +353,7 @@ def rank(args, accelerator, model, reference_logps, tokenizer):
     if accelerator.is_main_process:
         output = args.critic_folder if args.critic in TRAINED else args.preferences
         keep_settings(output, args, begun=output.exists())
+        keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
     chunk = 16 * accelerator.num_processes
     bar = tqdm(total=len(states), desc="ranking", unit="state", disable=not accelerator.is_main_process)
     for start in range(0, len(states), chunk):

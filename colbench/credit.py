@@ -1,9 +1,11 @@
 """Which turn earned the credit: the critic's advantage of every agent turn of finished episodes, and of every token.
 
 evaluate.py --critic RUN/critic calls `add_credit`; report.html shows it. One line an episode goes to RUN/advantages.jsonl:
-{"policy", "id", "sample", "critic", "turns": [{"advantage", "ratios": [[end, log-ratio], …], "candidates"?}, …]}. `end` is where
-the token ends in the message, in characters; the mean of the log-ratios is the advantage, equation (1) of train_critic.py.
+{"policy", "id", "sample", "critic", "key", "turns": [{"advantage", "ratios": [[end, log-ratio], …], "candidates"?}, …]}. `key` is a hash
+of critic and dialogue; `end` is where the token ends in the message, in characters; the mean of the log-ratios is the advantage,
+equation (1) of train_critic.py.
 """
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from colbench.dialogue import prompt_messages
 from colbench.files import UserError, append_jsonl, repair_jsonl, write_aside
 from colbench.model import (adapters_off, encode_dialogue, end_of_turn, load_model, message_ids, message_logps, pack, put_adapter,
                             tree_tokens)
+from colbench.show import fingerprint
 
 TOKENS = 4096  # in one forward pass
 
@@ -39,9 +42,13 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     def seen(messages, reference):
         return messages if how.get("no_hidden_info") else with_hidden_info(messages, reference)
 
-    there = [row for row in repair_jsonl(path) if row["critic"] == str(critic)] if path else []  # another critic's are made anew
-    done = {(row["policy"], row["id"], row["sample"]) for row in there}
-    todo = [line for line in lines if "reward" in line and (line["policy"], line["id"], line["sample"]) not in done]
+    weights = fingerprint(Path(critic))
+    key = lambda line: hashlib.sha256(json.dumps([weights, line["policy"], line["id"], line["sample"], [  # noqa: E731
+        message["content"] for message in line["dialogue_history"]]]).encode()).hexdigest()[:16]
+    keys = {key(line): line for line in lines if "reward" in line}
+    there = [row for row in repair_jsonl(path) if row.get("key") in keys] if path else []  # other critics' and dialogues' are made anew
+    done = {row["key"] for row in there}
+    todo = [line for name, line in keys.items() if name not in done]
     if not todo:
         return []
     critic_model = put_adapter(model, str(critic)) if model is not None else load_model(base, load_in_4bit, adapter=str(critic))
@@ -60,7 +67,8 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
         scored = zip(logps, ref_logps)
         for k in group:
             line, (turns, states) = todo[k], (next(scored), [next(scored) for _ in trees[k][1:]])
-            row = {"policy": line["policy"], "id": line["id"], "sample": line["sample"], "critic": str(critic), "turns": []}
+            row = {"policy": line["policy"], "id": line["id"], "sample": line["sample"], "critic": str(critic), "key": key(line),
+                   "turns": []}
             said = [message for message in line["dialogue_history"] if message["role"] == "assistant"]
             for message, theta, ref in zip(said, *turns):
                 turn = {"advantage": rounded(advantage(theta, ref, length_norm)),

@@ -1,4 +1,5 @@
 """What a stage prints before it starts: what will be done with what. One block of aligned lines, and the figures in it."""
+import hashlib
 import json
 import resource
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from colbench.files import write_aside
+from colbench.files import UserError, write_aside
 from colbench.model import LOGITS_AT_ONCE
 from colbench.server import shown
 
@@ -15,9 +16,10 @@ FREE = {"run", "preset", "trajectories", "preferences", "critic_folder", "policy
         "max_tokens", "retry_errors", "allow_weak_sandbox", "compare", "talk"}  # flags that say where, how much or how fast, not what comes out
 
 
-def keep_settings(output: Path, args, begun: bool, free=()) -> None:
+def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> None:
     """Keep a stage's flags beside its output, as OUTPUT_args.json. Where `output` was begun by an earlier call, print one line to
-    stderr that names the flags that differ now: what is there stays as it was made. free: more flags that may differ."""
+    stderr that names the flags that differ now: what is there stays as it was made. free: more flags that may differ. refuse: a
+    UserError instead of the line, for results that would stand under a flag that they were not made with."""
     path = output.with_name(output.name.removesuffix(".jsonl") + "_args.json")
     now = {name: shown(value) for name, value in vars(args).items() if name not in FREE and name not in free}
     now = json.loads(json.dumps(now, default=str))
@@ -28,9 +30,36 @@ def keep_settings(output: Path, args, begun: bool, free=()) -> None:
     if before is None:
         return write_aside(path, lambda temporary: temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8"))
     other = [f"--{name.replace('_', '-')} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if other and refuse:
+        raise UserError(f"{output} was begun with {'; '.join(other)}: choose another --run, or delete it to start anew")
     if other:
         print(f"warning: {output} was begun with {'; '.join(other)}: what is there stays; choose another --run, or delete it to start anew",
               file=sys.stderr)
+
+
+def keep_weights(output: Path, folders) -> None:
+    """Keep in OUTPUT_weights.json which trained weights `output` is made with. UserError where the weights in one of `folders` are
+    others than those that made what is in `output` already: the same file would hold results of both."""
+    path = output.with_name(output.name.removesuffix(".jsonl") + "_weights.json")
+    now = {str(folder): fingerprint(Path(folder)) for folder in folders}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if output.exists() and output.stat().st_size else {}
+    except (OSError, ValueError):  # made elsewhere, or by an earlier version
+        before = {}
+    for folder in now:
+        if before.get(folder, now[folder]) != now[folder]:
+            raise UserError(f"{output}: was made with earlier weights of {folder}; delete it to make it anew, or choose another --run")
+    if before | now != before:
+        write_aside(path, lambda temporary: temporary.write_text(json.dumps(before | now, indent=1) + "\n", encoding="utf-8"))
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the trained weights in a folder: name, size and first megabyte of each file (training changes all of it)."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.pt")]):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
+    return digest.hexdigest()[:16]
 
 
 def plan(title: str, rows: dict) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from train_critic import HIDDEN_INFO
 
@@ -96,14 +97,46 @@ def test_finished_stages_do_nothing(finished):
 @pytest.mark.parametrize("script, changed, says", [
     ("collect.py", [*SMALL, "--temperature", "0.7"], "trajectories.jsonl was begun with --temperature 1.0, not 0.7:"),
     ("train_critic.py", ["--epochs", 4, "--learning-rate", "3e-4", "--no-hidden-info"], "critic was begun with --no-hidden-info False, not True:"),
-    ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy was begun with --beta 0.1, not 0.5:"),
-    ("evaluate.py", ["--n-tasks", 30, "--seed", 5], "episodes.jsonl was begun with --seed 1, not 5:")])
+    ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy was begun with --beta 0.1, not 0.5:")])
 def test_other_flags_in_a_finished_run_are_named_and_change_nothing(finished, script, changed, says):
     before = {path: path.read_bytes() for path in finished.glob("*.jsonl")}
     done = run(script, "--run", finished, *changed, "--tokens-per-step" if "train" in script else "--parallel", 900)
     [warning] = [line for line in done.stderr.splitlines() if "warning: " in line]
     assert says in warning and "900" not in warning  # how fast is no matter
     assert {path: path.read_bytes() for path in finished.glob("*.jsonl")} == before
+
+
+def refused(script, *args):
+    """The one line with which a script refuses its work."""
+    done = run(script, *args, ok=False)
+    assert done.returncode == 2, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_results_do_not_stand_under_flags_or_weights_that_did_not_make_them(finished, tmp_path):
+    run_folder = tmp_path / "run"
+    shutil.copytree(finished, run_folder)
+    policy, critic = run_folder / "policy", run_folder / "critic"
+    args = ["--run", run_folder, "--n-tasks", 30, "--policies", "base", policy]  # the same episodes, now of a policy in another place
+    before = {path.name: path.read_bytes() for path in run_folder.glob("*.json*")}
+    assert "was begun with --max-turns 10, not 1:" in refused("evaluate.py", *args, "--max-turns", 1)
+    assert {path.name: path.read_bytes() for path in run_folder.glob("*.json*")} == before
+    run("evaluate.py", *args)  # plays the policy under its new name
+    run("evaluate.py", *args, "--critic", critic)
+    credit = (run_folder / "advantages.jsonl").read_bytes()
+    for folder in (policy, critic):  # other weights in the same folders
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name: tensor * 1.5 for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    assert f"was made with earlier weights of {policy}; delete it" in refused("evaluate.py", *args)
+    run("evaluate.py", "--run", run_folder, "--n-tasks", 30, "--policies", "base", "--critic", critic)
+    assert (run_folder / "advantages.jsonl").read_bytes() != credit
+    rows = (run_folder / "preferences.jsonl").read_bytes().splitlines(keepends=True)
+    (run_folder / "preferences.jsonl").write_bytes(b"".join(rows[:-1]))
+    shutil.copy(finished / "preferences_weights.json", run_folder)
+    stored = json.loads((run_folder / "preferences_weights.json").read_text())
+    (run_folder / "preferences_weights.json").write_text(json.dumps({str(critic): value for value in stored.values()}))
+    assert f"was made with earlier weights of {critic}; delete it" in refused("train_critic.py", "--run", run_folder, "--epochs", 4, "--learning-rate", "3e-4")
+    assert (run_folder / "preferences.jsonl").read_bytes() == b"".join(rows[:-1])
 
 
 def test_same_seed_same_trajectories(finished, tmp_path):
@@ -154,6 +187,8 @@ def test_losses_do_not_depend_on_budget_or_processes(collected, launch):
     run("train_critic.py", *args)
     expected = lines(collected / "critic_log.jsonl")
     shutil.rmtree(collected / "critic")
+    assert "holds another critic's ranking; delete it" in refused("train_critic.py", *args)
+    (collected / "preferences.jsonl").unlink()
     if launch == ["two processes"]:
         subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                         "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "train_critic.py"), *args],
@@ -284,9 +319,11 @@ def test_reference_log_probs_are_computed_once(collected):
     cache, log = collected / "critic_reference.jsonl", lines(collected / "critic_log.jsonl")
     whole, first = cache.read_bytes(), cache.stat().st_mtime_ns
     shutil.rmtree(collected / "critic")
+    (collected / "preferences.jsonl").unlink()
     run("train_critic.py", *args)
     assert cache.stat().st_mtime_ns == first and without_clock(lines(collected / "critic_log.jsonl")) == without_clock(log)
     shutil.rmtree(collected / "critic")
+    (collected / "preferences.jsonl").unlink()
     cache.write_bytes(whole[:len(whole) // 2])
     run("train_critic.py", *args, "--learning-rate", "2e-3")
     assert cache.read_bytes() == whole
