@@ -4,7 +4,7 @@
     python collect.py --env frontend                              # Frontend Design: runs/tiny-frontend; so the other scripts
     python collect.py --preset llama --run runs/llama \\
         --tasks facebook/collaborative_agent_bench:train --human http://localhost:8000/v1
-    python collect.py --preset llama --run runs/llama --add-candidates-to facebook/collaborative_agent_bench:offline
+    python collect.py --preset llama --run runs/paper --add-candidates-to facebook/collaborative_agent_bench:offline
 
 Writes RUN/trajectories.jsonl, one line an episode: task, dialogue_history, answer, reward, ... (a superset of the published
 format). At a share of the turns it also samples 16 candidate messages, which stage 2 ranks. With --add-candidates-to it plays
@@ -33,12 +33,13 @@ from colbench.tasks import failed, load_tasks, load_trajectories
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
         run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:train", n_tasks=300, k=6, candidate_share=0.2,
-        human="scripted", parallel=256, max_new_tokens=96, agent_prompt="Ask about one missing detail at a time, then answer.",
+        human="scripted", parallel=256, max_new_tokens=96, batch_tokens=65536,
+        agent_prompt="Ask about one missing detail at a time, then answer.",
     ),
     "llama": dict(  # the paper: 15,000 trajectories, 16 candidates at a tenth of their turns
         run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True,
         tasks="facebook/collaborative_agent_bench:train", n_tasks=5000, k=3, candidate_share=0.1, human="self", parallel=64,
-        max_new_tokens=1024, agent_prompt=AGENT_PROMPT,
+        max_new_tokens=1024, batch_tokens=32768, agent_prompt=AGENT_PROMPT,
     ),
 }
 
@@ -68,7 +69,7 @@ def parse_args():
     group.add_argument("--agent-prompt", help="system prompt; {max_turns} is filled in")
     group.add_argument("--temperature", type=float, default=1.0, help="of the agent (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
-    group.add_argument("--batch-tokens", type=int, default=65536,
+    group.add_argument("--batch-tokens", type=int,
                        help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
     group = parser.add_argument_group("human")
     group.add_argument("--human", help="scripted, self (the agent's weights, adapters off) or a server's URL; with --env frontend "

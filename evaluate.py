@@ -38,7 +38,7 @@ from colbench.show import keep_settings, keep_weights, model_row, plan, sampling
 from colbench.talk import talk
 from colbench.tasks import failed, load_tasks
 from colbench.training import value_head
-from train_critic import UNTRAINED, score_candidates
+from train_critic import PRESETS as CRITIC_PRESETS, UNTRAINED, score_candidates
 
 import numpy as np
 import torch
@@ -47,10 +47,11 @@ from tqdm import tqdm
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, tasks="mini:test", n_tasks=500, human="scripted",
-                 parallel=250, max_new_tokens=96, agent_prompt="Ask about one missing detail at a time, then answer."),
+                 parallel=250, max_new_tokens=96, batch_tokens=65536,
+                 agent_prompt="Ask about one missing detail at a time, then answer."),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True,
                   tasks="facebook/collaborative_agent_bench:test", n_tasks=1000, human="self", parallel=64,
-                  max_new_tokens=1024, agent_prompt=AGENT_PROMPT),
+                  max_new_tokens=1024, batch_tokens=32768, agent_prompt=AGENT_PROMPT),
 }
 
 
@@ -80,7 +81,7 @@ def parse_args():
     group.add_argument("--agent-prompt", help="system prompt; {max_turns} is filled in")
     group.add_argument("--temperature", type=float, default=1.0, help="of the agent (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, help="bound on one message (default: %(default)s)")
-    group.add_argument("--batch-tokens", type=int, default=65536,
+    group.add_argument("--batch-tokens", type=int,
                        help="tokens held at once while sampling; lower it when memory runs out (default: %(default)s)")
     group.add_argument("--critic", metavar="CRITIC", help="what train_critic.py wrote: the report then shows the advantage of every "
                        "turn and token; with --best-of also untrained, judge or rollout")
@@ -212,15 +213,15 @@ def main():
 def best_of(args, tokenizer, base, model, policy: str):
     """(function that says which of N messages to play, the model with policy's and critic's adapters on the same weights)."""
     kind, folder = (args.critic, None) if args.critic in UNTRAINED else ("logprob", args.critic)
-    settings = dict(critic=kind, no_hidden_info=False, no_length_norm=False, official=False, rollouts=4)
+    settings = dict(critic=kind, no_hidden_info=False, no_length_norm=False, official=False, rollouts=4,
+                    tokens_per_step=CRITIC_PRESETS[args.preset]["tokens_per_step"])
     critic, mine = None, model.active_adapter if isinstance(model, PeftModel) else None
     if folder:
         settings |= json.loads((Path(folder) / "training_args.json").read_text(encoding="utf-8"))
         critic = put_adapter(model if isinstance(model, PeftModel) else base, folder)
         if (Path(folder) / "value_head.pt").exists():
             critic.value_head = value_head(critic, folder)
-    settings |= dict(tokens_per_step=args.batch_tokens // 8, max_tokens=context_length(args.model), human=args.human,
-                     max_new_tokens=args.max_new_tokens, seed=args.seed)
+    settings |= dict(max_tokens=context_length(args.model), human=args.human, max_new_tokens=args.max_new_tokens, seed=args.seed)
     both = critic if isinstance(critic, PeftModel) else model  # after full fine-tuning the critic is a model of its own
     theirs, reference = getattr(both, "active_adapter", None), both if isinstance(both, PeftModel) else base
 

@@ -29,18 +29,17 @@ from pathlib import Path
 
 from colbench.dialogue import AGENT_PROMPT, MAX_TURNS, prompt_messages, states_with_candidates
 from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, add_env, add_page_flags
-from colbench.files import UserError, append_jsonl, lock_run, repair_jsonl, run_main, seed_of
+from colbench.files import UserError, lock_run, repair_jsonl, run_main, seed_of
 from colbench.judges import judge_scores, rollout_scores
 from colbench.model import (adapters_off, add_lora, candidate_trees, context_length, encode_dialogue, load_model, load_tokenizer,
                             message_logps, message_means, pack, tree_tokens)
 from colbench.show import keep_settings, keep_weights, next_step, training_plan
 from colbench.tasks import failed, load_trajectories, of_first_tasks
-from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head
+from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head, write_ranking
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
@@ -75,11 +74,12 @@ def parse_args():
     group = parser.add_argument_group("objective")
     group.add_argument("--critic", choices=TRAINED + UNTRAINED, default="logprob", help="see above (default: %(default)s)")
     group.add_argument("--no-hidden-info", action="store_true", help="the critic does not see c")
-    group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum over the tokens, not their mean")
-    group.add_argument("--aggregate", choices=("turn-mean", "trajectory-mean", "sum"), default="turn-mean",
-                       help="a trajectory's score in (2): sum of (1) over turns, mean or sum over all tokens; in training only (default: %(default)s)")
-    group.add_argument("--official", action="store_true", help="as the released code has it: --aggregate trajectory-mean, no NLL, "
-                       "τ+ passes every test, and the reference ranks without c")
+    group.add_argument("--no-length-norm", action="store_true",
+                       help="(1) is a sum over the tokens, not their mean, in training and ranking; includes --aggregate sum")
+    group.add_argument("--aggregate", choices=("turn-mean", "trajectory-mean", "sum"),
+                       help="a trajectory's score in (2): sum of (1) over turns, mean or sum over all tokens; in training only (default: turn-mean)")
+    group.add_argument("--official", action="store_true", help="as the released code has it: --aggregate trajectory-mean, "
+                       "--nll-weight 0, τ+ passes every test, and π_ref's log-probs do not see c when candidates are ranked")
     group.add_argument("--beta", type=float, default=0.1, help="β of (2) (default: %(default)s)")
     group.add_argument("--nll-weight", type=float, default=0.01, help="weight of NLL(τ+) in (2) (default: %(default)s)")
     group.add_argument("--pairs-per-task", type=int, help="at most so many, drawn at random; 0: all (default: %(default)s)")
@@ -102,10 +102,12 @@ def parse_args():
     group.add_argument("--log-with", choices=("tensorboard", "wandb"), help="also log there, through accelerate")
     parser.set_defaults(**PRESETS[preset] | (FRONTEND_PRESETS["train_critic"][preset] if env == "frontend" else {}))
     args = parser.parse_args()
-    if args.official:
-        args.aggregate, args.nll_weight = "trajectory-mean", 0.0
-    if args.no_length_norm:
-        args.aggregate = "sum"
+    if args.critic != "logprob" and (args.no_length_norm or args.aggregate or args.official):
+        raise UserError("--no-length-norm, --aggregate and --official concern --critic logprob")
+    if args.no_length_norm + bool(args.aggregate) + args.official > 1:
+        raise UserError("--no-length-norm, --aggregate and --official each say what a trajectory's score is: give one of them")
+    args.aggregate = args.aggregate or ("trajectory-mean" if args.official else "sum" if args.no_length_norm else "turn-mean")
+    args.nll_weight = 0.0 if args.official else args.nll_weight
     args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")
     args.critic_folder = Path(args.critic_folder or Path(args.run) / "critic")
     args.preferences = Path(args.preferences or Path(args.run) / "preferences.jsonl")
@@ -113,8 +115,8 @@ def parse_args():
 
 
 def with_hidden_info(messages: list[dict], reference: str) -> list[dict]:
-    """The critic's view of a dialogue: c, the hidden reference, stands at the end of the system message. In the four
-    stages it enters a text only here; the agent's and the policy stage's prompts are made by `prompt_messages`."""
+    """The critic's view of a dialogue: c, the hidden reference, stands at the end of the system message. Of all that agent, critic
+    and policy stage read, c is in this alone: the others' prompts are `prompt_messages`. (The simulated human knows c too.)"""
     system, *rest = messages
     return [{"role": "system", "content": system["content"] + HIDDEN_INFO + reference}, *rest]
 
@@ -347,34 +349,14 @@ def score_candidates(args, states: list[dict], tokenizer, model, reference_logps
 
 
 def rank(args, accelerator, model, reference_logps, tokenizer):
-    """Writes preferences.jsonl, a chunk of states at a time. After an interruption a chunk that lacks a state is computed as a
-    whole: its batches, and with them the last bits, stay the same."""
-    (states, missing), left_out = states_to_rank(args), 0
+    """Writes preferences.jsonl."""
+    states, missing = states_to_rank(args)
     if accelerator.is_main_process:
         output = args.critic_folder if args.critic in TRAINED else args.preferences
         keep_settings(output, args, begun=output.exists())
         keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
-    chunk = 16 * accelerator.num_processes
-    bar = tqdm(total=len(states), desc="ranking", unit="state", disable=not accelerator.is_main_process)
-    for start in range(0, len(states), chunk):
-        if missing.isdisjoint((state["id"], state["sample"], state["turn"]) for state in states[start:start + chunk]):
-            bar.update(len(states[start:start + chunk]))
-            continue
-        mine = states[start:start + chunk][accelerator.process_index::accelerator.num_processes]
-        with accelerator.autocast():
-            scores = score_candidates(args, mine, tokenizer, model, reference_logps)
-        for state, advantages in zip(mine, scores):
-            del state["task"], state["max_turns"]
-            state["advantages"] = advantages
-            if not advantages:
-                state.update(candidates=[], left_out="longer than --max-tokens")
-        rows = sorted(gather_object(mine), key=lambda row: (row["id"], row["sample"], row["turn"]))
-        for row in rows if accelerator.is_main_process else ():
-            if (row["id"], row["sample"], row["turn"]) in missing:
-                append_jsonl(args.preferences, row)
-                left_out += "left_out" in row
-        bar.update(len(rows))
-    bar.close()
+    left_out = write_ranking(accelerator, args.preferences, states, missing,
+                             lambda mine: score_candidates(args, mine, tokenizer, model, reference_logps))
     if accelerator.is_main_process:
         print(f"{args.preferences}: {len(missing) - left_out} states ranked, {left_out} left out for their length")
         print(next_step("train_policy.py", args))

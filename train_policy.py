@@ -118,9 +118,9 @@ def parse_args():
 
 
 def policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_weight: float, nll_tokens=None):
-    """(3) for one pair a+, a− at one state. chosen, rejected: (L,) log-probs of the messages' tokens under π_φ, ref_*: the same
-    under π_ref. Returns (loss, β′ log-ratio of a+, β′ log-ratio of a−); the latter two are DPO's implicit rewards.
-    nll_tokens: log-probs that the NLL is taken of, where these are not `chosen`."""
+    """(3) for one pair a+, a−: two messages at a state, or all messages of two trajectories. chosen, rejected: (L,) log-probs of
+    their tokens under π_φ, ref_*: the same under π_ref. Returns (loss, β′ log-ratio of a+, β′ log-ratio of a−); the latter two are
+    DPO's implicit rewards. nll_tokens: log-probs that the NLL is taken of, where these are not `chosen`."""
     reward_chosen = beta * (chosen - ref_chosen).sum()  # β′ [ log π_φ(a+|o) − log π_ref(a+|o) ]
     reward_rejected = beta * (rejected - ref_rejected).sum()  # β′ [ log π_φ(a−|o) − log π_ref(a−|o) ]
     nll = -(chosen if nll_tokens is None else nll_tokens).mean()
@@ -212,7 +212,7 @@ def main():
         lock = lock_run(args.policy.parent, args.policy.name)  # noqa: F841  held until the process ends
     if args.policy.exists():
         keep_settings(args.policy, args, begun=True)
-        print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (delete the folder to train again)")
+        print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (to train again: another --run)")
         return
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))

@@ -19,8 +19,6 @@ from colbench.model import (adapters_off, encode_dialogue, end_of_turn, load_mod
                             tree_tokens)
 from colbench.show import fingerprint
 
-TOKENS = 4096  # in one forward pass
-
 
 def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -> list[dict]:
     """Score the agent turns of the episodes in `lines` that `path` (advantages.jsonl; None: no file) lacks, with the critic in
@@ -58,7 +56,7 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     if path:
         write_aside(path, lambda temporary: [temporary.touch(), *(append_jsonl(temporary, row) for row in there)])
     rows, bar = [], tqdm(total=len(todo), desc="credit", unit="episode")
-    for group in pack([sum(map(tree_tokens, of_line)) for of_line in trees], TOKENS):
+    for group in pack([sum(map(tree_tokens, of_line)) for of_line in trees], how.get("tokens_per_step", 1024)):
         flat = [tree for k in group for tree in trees[k]]
         with torch.no_grad():
             logps = message_logps(critic_model, flat)

@@ -93,12 +93,15 @@ def memory_now(device) -> float:
 
 
 def sampling_memory(model, batch_tokens: int) -> str:
-    """Estimate for sampling: what is held now, and keys and values of batch_tokens tokens, which grow by copying (twice)."""
+    """Estimate for sampling `batch_tokens` tokens at a time: what is held now, their keys and values with room to grow, and the activations
+    of one layer while the prompts are read."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = batch_tokens * config.num_hidden_layers * 2 * heads * width * model.dtype.itemsize
-    return f"at most about {(memory_now(model.device) + 2 * cache) / 1e9:.1f} GB while sampling (--batch-tokens {batch_tokens:,})"
+    cache = 9 / 8 * config.num_hidden_layers * 2 * heads * width
+    layer = 4 * config.hidden_size + 3 * config.intermediate_size
+    total = memory_now(model.device) + batch_tokens * (cache + layer) * model.dtype.itemsize
+    return f"at most about {total / 1e9:.1f} GB while sampling (--batch-tokens {batch_tokens:,})"
 
 
 def training_memory(model, tokens: int, checkpointing: bool) -> str:

@@ -49,6 +49,34 @@ def cached_logps(accelerator, path: Path, model, trees: list[tuple], budget: int
     return [[torch.tensor(message, device=accelerator.device) for message in tree] for key in keys for tree in known[key]]
 
 
+def write_ranking(accelerator, path: Path, states: list[dict], missing: set, score) -> int:
+    """Append a line for each of `states` whose (id, sample, turn) is `missing`, with the advantages that score(states) gives, a chunk at
+    a time, shared among the processes. Returns how many are too long to be scored. After an interruption a chunk that lacks a
+    state is computed as a whole: its batches, and with them the last bits, stay the same."""
+    chunk, left_out = 16 * accelerator.num_processes, 0
+    bar = tqdm(total=len(states), desc="ranking", unit="state", disable=not accelerator.is_main_process)
+    for start in range(0, len(states), chunk):
+        if missing.isdisjoint((state["id"], state["sample"], state["turn"]) for state in states[start:start + chunk]):
+            bar.update(len(states[start:start + chunk]))
+            continue
+        mine = states[start:start + chunk][accelerator.process_index::accelerator.num_processes]
+        with accelerator.autocast():
+            scores = score(mine)
+        for state, advantages in zip(mine, scores):
+            del state["task"], state["max_turns"]  # the policy stage must not see c
+            state["advantages"] = advantages
+            if not advantages:
+                state.update(candidates=[], left_out="longer than --max-tokens")
+        rows = sorted(gather_object(mine), key=lambda row: (row["id"], row["sample"], row["turn"]))
+        for row in rows if accelerator.is_main_process else ():
+            if (row["id"], row["sample"], row["turn"]) in missing:
+                append_jsonl(path, row)
+                left_out += "left_out" in row
+        bar.update(len(rows))
+    bar.close()
+    return left_out
+
+
 def _floats(logps: torch.Tensor) -> list[float]:
     """float32 numbers as the shortest decimals that give the same float32 again."""
     return [float(str(value)) for value in logps.cpu().numpy()]
