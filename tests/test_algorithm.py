@@ -11,6 +11,7 @@ from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemm
 
 import colbench.model
 from colbench.model import add_lora, encode_dialogue, load_tokenizer, message_logps, pack
+from colbench.sampling import LocalChat
 from train_critic import advantage, critic_loss, make_pairs, with_hidden_info
 from train_policy import draw_pairs, policy_loss
 
@@ -109,6 +110,29 @@ def test_message_logps_equal_one_by_one(model):
         assert len(got) == len(expected)
         for one, other in zip(got, expected):
             torch.testing.assert_close(one.double(), other, atol=2e-6, rtol=0)  # float32 log-softmax
+
+
+def test_messages_of_shared_prompts_are_those_of_a_slow_sampler(model):
+    """Prompts of three lengths, five messages each that end at different times: LocalChat draws what one whole forward pass for every
+    token draws; with windows of 8 tokens and with scaled or capped logits too."""
+    model.float()  # transformers' eager attention gives NaN for padding in float64
+    rng, stops, seeds = random.Random(2), set(range(12)), [11, 12, 13, 14, 15]
+    chat = LocalChat(model, load_tokenizer("tiny"))
+    chat.stops = stops
+    prompts = [[rng.randrange(97) for _ in range(n)] for n in (5, 17, 30)]
+    rooms = (25, 9, 25)
+    got = chat._generate([(prompt, room, seeds) for prompt, room in zip(prompts, rooms)], 1.0)
+    for prompt, room, messages in zip(prompts, rooms, got):
+        for seed, message in zip(seeds, messages):
+            expected = []
+            for uniform in torch.rand(25, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()[:room]:
+                cumulative = model(input_ids=torch.tensor([prompt + expected])).logits[0, -1].softmax(-1).cumsum(-1)
+                expected.append(int((cumulative <= uniform).sum()))
+                if expected[-1] in stops:
+                    break
+            assert message == expected
+    lengths = {len(message) for messages in got for message in messages}
+    assert len(lengths) > 4 and max(lengths) > 8, lengths  # messages leave at different steps, and some are longer than the window
 
 
 @pytest.mark.parametrize("head", ["trained", "frozen"])
