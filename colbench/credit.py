@@ -1,11 +1,10 @@
 """Which turn earned the credit: the critic's advantage of every agent turn of finished episodes, and of every token.
 
 evaluate.py --critic RUN/critic calls `add_credit`; report.html shows it. One line an episode goes to RUN/advantages.jsonl:
-{"policy", "id", "sample", "critic", "key", "turns": [{"advantage", "ratios": [[end, log-ratio], …], "candidates"?}, …]}. `key` is a hash
-of critic and dialogue; `end` is where the token ends in the message, in characters; the mean of the log-ratios is the advantage,
+{"policy", "id", "sample", "critic", "weights" and "dialogue" (hashes), "turns": [{"advantage", "ratios": [[end, log-ratio], …],
+"candidates"?}, …]}. `end` is where the token ends in the message, in characters; the mean of the log-ratios is the advantage,
 equation (1) of train_critic.py.
 """
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from colbench.dialogue import prompt_messages
-from colbench.files import UserError, append_jsonl, repair_jsonl, write_aside
+from colbench.files import UserError, append_jsonl, dialogue_hash, repair_jsonl, write_aside
 from colbench.model import (adapters_off, encode_dialogue, end_of_turn, load_model, message_ids, message_logps, pack, put_adapter,
                             tree_tokens)
 from colbench.show import fingerprint
@@ -41,12 +40,12 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
         return messages if how.get("no_hidden_info") else with_hidden_info(messages, reference)
 
     weights = fingerprint(Path(critic))
-    key = lambda line: hashlib.sha256(json.dumps([weights, line["policy"], line["id"], line["sample"], [  # noqa: E731
-        message["content"] for message in line["dialogue_history"]]]).encode()).hexdigest()[:16]
-    keys = {key(line): line for line in lines if "reward" in line}
-    there = [row for row in repair_jsonl(path) if row.get("key") in keys] if path else []  # other critics' and dialogues' are made anew
-    done = {row["key"] for row in there}
-    todo = [line for name, line in keys.items() if name not in done]
+    name = lambda line: (weights, line["policy"], line["id"], line["sample"], dialogue_hash(line))  # noqa: E731
+    named = {name(line): line for line in lines if "reward" in line}
+    there = {(row.get("weights"), row["policy"], row["id"], row["sample"], row.get("dialogue")): row
+             for row in (repair_jsonl(path) if path else [])}
+    there = {key: row for key, row in there.items() if key in named}  # what is of other weights or dialogues is made anew
+    todo = [line for key, line in named.items() if key not in there]
     if not todo:
         return []
     critic_model = put_adapter(model, str(critic)) if model is not None else load_model(base, load_in_4bit, adapter=str(critic))
@@ -54,7 +53,8 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     reference = load_model(base, load_in_4bit) if whole else critic_model
     trees = [tree_of(tokenizer, line, seen) for line in todo]
     if path:
-        write_aside(path, lambda temporary: [temporary.touch(), *(append_jsonl(temporary, row) for row in there)])
+        write_aside(path, lambda temporary: [
+            temporary.touch(), *(append_jsonl(temporary, row) for row in there.values())])
     rows, bar = [], tqdm(total=len(todo), desc="credit", unit="episode")
     for group in pack([sum(map(tree_tokens, of_line)) for of_line in trees], how.get("tokens_per_step", 1024)):
         flat = [tree for k in group for tree in trees[k]]
@@ -65,8 +65,8 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
         scored = zip(logps, ref_logps)
         for k in group:
             line, (turns, states) = todo[k], (next(scored), [next(scored) for _ in trees[k][1:]])
-            row = {"policy": line["policy"], "id": line["id"], "sample": line["sample"], "critic": str(critic), "key": key(line),
-                   "turns": []}
+            row = {"policy": line["policy"], "id": line["id"], "sample": line["sample"], "critic": str(critic), "weights": weights,
+                   "dialogue": dialogue_hash(line), "turns": []}
             said = [message for message in line["dialogue_history"] if message["role"] == "assistant"]
             for message, theta, ref in zip(said, *turns):
                 turn = {"advantage": rounded(advantage(theta, ref, length_norm)),

@@ -202,6 +202,11 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
 
 
+def dialogue_hash(episode):
+    """A number that says which dialogue an episode holds."""
+    return seed_of([message.get("content") for message in episode["dialogue_history"]])
+
+
 def shard(text):
     """(i, n) from "i/n", the i-th of n parts of the work, 1 <= i <= n. UserError for another text."""
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)

@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from colbench.files import UserError, run_main, write_aside
+from colbench.files import UserError, dialogue_hash, run_main, write_aside
 
 PAGE = Path(__file__).with_name("report_page.html")
 MAX_TEXT = 20_000         # characters of one message or answer that are shown; the rest is counted
@@ -253,15 +253,20 @@ def buckets(values: list, size: int) -> list:
 
 def add_evaluation(data, index, files, prefix, run, base, room) -> None:
     """Put the evaluation's episodes into `data`, task by task with all policies, until `room` bytes are used."""
-    credit = {(r["policy"], r["id"], r["sample"]): r["turns"] for r in files["advantages"]}
+    credit = {(r["policy"], r["id"], r["sample"]): r for r in files["advantages"]}
+
+    def credit_of(line):  # not that of an earlier dialogue under the same name
+        row = credit.get((line.get("policy"), line.get("id"), line.get("sample")))
+        return row["turns"] if row and ("dialogue" not in row or row["dialogue"] == dialogue_hash(line)) else None
+
     by_policy = {}
     for line in files["episodes"]:
         by_policy.setdefault(line.get("policy", "?"), []).append(line)
     place = {id(line): i for lines in by_policy.values() for i, line in enumerate(lines)}
     lines = sorted(files["episodes"], key=lambda line: place[id(line)])
     fitting = fill(data, room, [
-        lambda line=line: shown_episode(data, index, line, prefix + short_name(line.get("policy", "?"), run), base, credit.get(
-            (line.get("policy"), line.get("id"), line.get("sample"))), {}) for line in lines])
+        lambda line=line: shown_episode(data, index, line, prefix + short_name(line.get("policy", "?"), run), base, credit_of(line), {})
+        for line in lines])
     if fitting < len(lines):
         data["notes"].append(f"{prefix}{len(lines) - fitting} of {len(lines)} episodes are left out to keep this file small; "
                              f"{run / 'episodes.jsonl'} has them all.")
