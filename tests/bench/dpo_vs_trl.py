@@ -155,7 +155,7 @@ def main():
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--tokens-per-step", type=int, default=1024, help="as the CPU preset of train_policy.py (default: %(default)s)")
+    parser.add_argument("--tokens-per-step", type=int, default=1024, help="of ours, in one forward pass: one state here (default: %(default)s)")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="try only TRL's first so many settings")
     args = parser.parse_args()
     states = make_states(args)
