@@ -204,7 +204,7 @@ def text_ids(tokenizer, text: str) -> list[int]:
     return list(_ids(tokenizer, text, True))
 
 
-@lru_cache(maxsize=1 << 16)  # a dialogue is tokenised again at each of its turns
+@lru_cache(maxsize=1 << 14)  # a dialogue is tokenised again at each of its turns
 def _ids(tokenizer, text: str, split_special_tokens: bool) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split_special_tokens))
 

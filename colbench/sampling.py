@@ -148,8 +148,9 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        self.room = [room.index_select(0, indices) for room in self.room]
-        self._show(self.get_seq_length())
+        if self.room:  # a layer that uses another's keys has none
+            self.room = [room.index_select(0, indices) for room in self.room]
+            self._show(self.get_seq_length())
 
     def _show(self, n: int) -> None:
         self.keys, self.values = (room[:, :, :n] for room in self.room)
