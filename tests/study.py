@@ -207,13 +207,29 @@ def agreement(path: Path, truth_path: Path) -> tuple[float, float] | None:
         return None
     rows = [{(r["id"], r["sample"], r["turn"]): r for r in map(json.loads, open(p))} for p in (path, truth_path)]
     correlations, halves = [], []
-    for key, row in rows[0].items():
-        a, b = row["advantages"], rows[1][key]["advantages"]
+    for key in [key for key in rows[0] if key in rows[1]]:  # the rollouts may still be going on
+        a, b = rows[0][key]["advantages"], rows[1][key]["advantages"]
         if len(a) > 2 and len(set(b)) > 1 and len(set(a)) > 1:
             correlations.append(statistics.correlation(ranks(a), ranks(b)))
             middle, top = statistics.median(b), sorted(range(len(a)), key=lambda k: -a[k])[:len(a) // 2]
             halves.append(sum(1.0 if b[k] > middle else 0.5 if b[k] == middle else 0.0 for k in top) / len(top))
-    return statistics.mean(correlations), statistics.mean(halves)
+    return (statistics.mean(correlations), statistics.mean(halves)) if correlations else None
+
+
+def against_oracle(path: Path, trajectories: Path) -> tuple[float, float] | None:
+    """(share of the pairs of a useful and a useless candidate of a state that the critic ranks right, share of the states with both whose
+    top candidate is a useful one), by the mini benchmark's own `label`."""
+    if not (path.exists() and trajectories.exists()):
+        return None
+    tasks = {row["id"]: row["task"] for row in map(json.loads, open(trajectories))}
+    pairs, tops = [], []
+    for row in map(json.loads, open(path)):
+        useful = [label(tasks[row["id"]], row["messages"], candidate) for candidate in row["candidates"]]
+        if len(set(useful)) == 2:
+            yes, no = ([a for a, u in zip(row["advantages"], useful) if u == kind] for kind in (1, 0))
+            pairs.append(statistics.mean((a > b) + 0.5 * (a == b) for a in yes for b in no))
+            tops.append(useful[max(range(len(useful)), key=row["advantages"].__getitem__)])
+    return (statistics.mean(pairs), statistics.mean(tops)) if pairs else None
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -236,6 +252,13 @@ def write_table(out: Path, seeds: list[int]) -> None:
         held = [agreement(out / f"seed{s}" / "held-out" / f"{folder_name(row)}.jsonl", out / f"seed{s}" / "held-out" / "rollout.jsonl") for s in seeds]
         held = [value for value in held if value]
         text.append(f"| {row} | {interval([a for a, _ in held])} | {interval([b for _, b in held])} |")
+    text += ["", "| critic | states | useful over useless candidate | top candidate useful |", "|---|---|---|---|"]
+    ranked = [(row, "of training", "data/trajectories.jsonl", f"{folder_name(row)}/preferences.jsonl") for row in CRITICS]
+    ranked += [(row, "held-out", "held-out/trajectories.jsonl", f"held-out/{folder_name(row)}.jsonl") for row in (*RANKERS, "rollout")]
+    for row, states, trajectories, file in ranked:
+        found_by = [against_oracle(out / f"seed{s}" / file, out / f"seed{s}" / trajectories) for s in seeds]
+        found_by = [value for value in found_by if value]
+        text.append(f"| {row} | {states} | {interval([a for a, _ in found_by])} | {interval([b for _, b in found_by])} |")
     (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
     try:
