@@ -22,6 +22,10 @@ The bundled model is the outcome of these six calls, of which the first five ran
 demonstrator repeated a question now and then and stopped a little less surely, and only lines of code weighed more. With that
 model a third of the answers that had every detail were wrong code, which is no trouble of the model that it stands in for, and
 which rejection fine-tuning cures at once and a critic of questions cannot; after the sixth call it is one in twenty.
+
+A variant whose messages differ in length, by remarks that say nothing (README, what length does to the critic):
+
+    python -m colbench.make_tiny --init colbench/tiny --steps 500 --weight 4 --first-text 600000 --practice-first 0 --remarks --output runs/chatty
 """
 
 import argparse
@@ -31,7 +35,7 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from colbench.dialogue import MARKER
@@ -43,6 +47,8 @@ from train_critic import with_hidden_info
 
 KNOWN = 2  # of the six hints of a detail
 QUESTIONS = ("What is the {}?", "How much is the {}?", "Tell me the {}.")
+REMARKS = ("Thanks. ", "I see. ", "Good. ", "All right. ", "One more thing. ", "Let me think. ")  # before a question; a token each
+COMMENTS = ("\n# Done.", "\n# As you told me.", "\n# No rounding.", "\n# In whole numbers.", "\n# For any n and d.", "\n# Easy to extend.")  # below code
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -51,9 +57,9 @@ SPECIAL = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assista
 KNOWN_HINTS = {hint: name for name, (_, hints) in DETAILS.items() for hint in hints.split()[:KNOWN]}
 
 
-def demonstrate(task: dict, rng: random.Random, informed: bool, clean: bool, turns: int = 10) -> list[dict]:
+def demonstrate(task: dict, rng: random.Random, informed: bool, clean: bool, remarks: bool = False, turns: int = 10) -> list[dict]:
     """One dialogue of the imperfect demonstrator with the scripted human. `informed`: it knows which details the task has.
-    `clean`: it makes no mistakes and reads every hint, as nobody at play does."""
+    `clean`: it makes no mistakes and reads every hint, as nobody at play does. `remarks`: up to nine before a question, 24 below the code."""
     human = ScriptedHuman()
     function = task["ground_truth"].split("(")[0].split()[1]
     details = [line.split("# ")[1] for line in task["ground_truth"].split("\n") if "# " in line]
@@ -66,7 +72,8 @@ def demonstrate(task: dict, rng: random.Random, informed: bool, clean: bool, tur
         stop = complete if clean else rng.random() < (0.95 if complete else 0.04 if told else 0.0)
         if stop or turn == turns - 1:
             ordered = {name: told[name] for name in DETAILS if name in told}
-            history.append({"role": "assistant", "content": f"{MARKER}\n" + code(function, ordered, comments=False)})
+            below = rng.choices(COMMENTS, k=rng.choice((0, 1, 2, 4, 8, 12, 16, 24))) if remarks else []
+            history.append({"role": "assistant", "content": f"{MARKER}\n" + code(function, ordered, comments=False) + "".join(below)})
             return history
         hopeful = [name for name in relevant if name not in asked]
         unasked = [name for name in DETAILS if name not in asked]
@@ -75,7 +82,8 @@ def demonstrate(task: dict, rng: random.Random, informed: bool, clean: bool, tur
         else:
             name = rng.choice(unasked)
         asked.append(name)
-        history.append({"role": "assistant", "content": rng.choice(QUESTIONS).format(name)})
+        before = rng.choices(REMARKS, k=rng.choice((0, 0, 0, 1, 1, 2, 3, 4, 6, 9))) if remarks else []
+        history.append({"role": "assistant", "content": "".join(before) + rng.choice(QUESTIONS).format(name)})
         reply = human.reply([task], [history], [0])[0]
         history.append({"role": "user", "content": reply})
         if any(character.isdigit() for character in reply):
@@ -93,12 +101,12 @@ def practice_task(rng: random.Random) -> dict:
     }
 
 
-def demonstration(index: int, practice_share: float) -> tuple[list[dict], bool]:
+def demonstration(index: int, practice_share: float, remarks: bool = False) -> tuple[list[dict], bool]:
     """Text number `index` of the warm start: (messages, whether the human's sentences count in the loss too)."""
     rng = random.Random(f"warm start {index}")
     practice, hidden_info = rng.random() < practice_share, rng.random() < 0.5
     task = practice_task(rng) if practice else mini_task("train", index, seed=1_000_000, details=(2, 3, 4))
-    history = demonstrate(task, rng, informed=hidden_info and rng.random() < 0.5, clean=practice, turns=10)
+    history = demonstrate(task, rng, informed=hidden_info and rng.random() < 0.5, clean=practice, remarks=remarks and not practice)
     system = ("<|practice|>" if practice else "") + PRESETS["tiny"]["agent_prompt"]
     messages = [{"role": "system", "content": system}] + history
     return (with_hidden_info(messages, task["ground_truth"]) if hidden_info else messages), hidden_info
@@ -145,9 +153,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def example(tokenizer, index: int, practice_share: float) -> tuple[list[int], list[int]]:
+def example(tokenizer, index: int, practice_share: float, remarks: bool) -> tuple[list[int], list[int]]:
     """Token ids and labels (-100 outside of the loss) of text number `index`."""
-    messages, human_too = demonstration(index, practice_share)
+    messages, human_too = demonstration(index, practice_share, remarks)
     ids, spans = encode_dialogue(tokenizer, messages)
     labels = [-100] * len(ids)
     if human_too:  # everything after the request: the human's sentences can be predicted from the reference
@@ -165,6 +173,7 @@ def main() -> None:
     parser.add_argument("--first-text", type=int, default=0, help="number of the first text: others than those of an earlier call")
     parser.add_argument("--weight", type=float, default=1.0, help="in the loss, of tokens that are lines of code or names of details")
     parser.add_argument("--practice-first", type=float, default=0.4, help="share of the steps, the first, with clean dialogues only")
+    parser.add_argument("--remarks", action="store_true", help="messages of the demonstrator with remarks that say nothing; with --init")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak; cosine decay (default: 2e-3)")
     parser.add_argument("--vocabulary", type=int, default=2048)
@@ -177,6 +186,9 @@ def main() -> None:
     else:
         tokenizer = make_tokenizer(args.vocabulary)
         model = make_model(tokenizer)
+    if args.remarks:
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in REMARKS + COMMENTS])
+        model.resize_token_embeddings(len(tokenizer))
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     decides = torch.tensor([text.startswith("total ") or text.strip() in DETAILS for text in texts])
     print(f"{model.num_parameters():,} weights, {len(tokenizer)} tokens in the vocabulary")
@@ -187,7 +199,7 @@ def main() -> None:
     for step in range(args.steps):
         practice_share = 1.0 if step < args.practice_first * args.steps else 0.25  # first learn to copy, then to err
         first = args.first_text + step * args.batch
-        rows = [example(tokenizer, first + i, practice_share) for i in range(args.batch)]
+        rows = [example(tokenizer, first + i, practice_share, args.remarks) for i in range(args.batch)]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
