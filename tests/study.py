@@ -40,13 +40,17 @@ PAPER_ROW = "SWEET, the paper's policy settings"
 PAPER_POLICY = ["--pairing", "halves", "--nll-weight", "0.01", "--no-skip-last-turn"]
 BASELINES = {"rejection fine-tuning": "rft", "multi-turn DPO": "multi-turn-dpo"}
 BEST_OF = (4, 16)
-SWEEP = {  # six settings a method
+SWEEP = {  # six settings a method, then seven more for each baseline: SWEET had as many after it, when its pairs were looked into
     "sweet": [["--learning-rate", lr, "--nll-weight", w, "--gap", gap] for lr, w, gap in (
         ("1e-3", "3", "1"), ("5e-4", "3", "1"), ("3e-4", "3", "1"), ("5e-4", "1", "1"), ("5e-4", "10", "1"), ("5e-4", "3", "0.2"))],
-    "rft": [["--learning-rate", lr, "--epochs", epochs] for lr, epochs in (
-        ("3e-4", "6"), ("1e-3", "3"), ("1e-3", "6"), ("2e-3", "3"), ("2e-3", "6"), ("4e-3", "3"))],
-    "multi-turn-dpo": [["--learning-rate", lr, "--nll-weight", w, "--epochs", epochs] for lr, w, epochs in (
-        ("3e-4", "0.1", "2"), ("3e-4", "1", "2"), ("3e-4", "3", "2"), ("1e-3", "1", "2"), ("1e-3", "3", "2"), ("1e-3", "3", "4"))],
+    "rft": [["--learning-rate", lr, "--epochs", epochs, *more] for lr, epochs, *more in (
+        ("3e-4", "6"), ("1e-3", "3"), ("1e-3", "6"), ("2e-3", "3"), ("2e-3", "6"), ("4e-3", "3"),
+        ("1e-3", "9"), ("1e-3", "4"), ("6e-4", "6"), ("6e-4", "9"), ("1.4e-3", "6"), ("1e-3", "6", "--batch-size", "4"),
+        ("1e-3", "6", "--batch-size", "16"))],
+    "multi-turn-dpo": [["--learning-rate", lr, "--nll-weight", w, "--epochs", epochs, *more] for lr, w, epochs, *more in (
+        ("3e-4", "0.1", "2"), ("3e-4", "1", "2"), ("3e-4", "3", "2"), ("1e-3", "1", "2"), ("1e-3", "3", "2"), ("1e-3", "3", "4"),
+        ("1e-3", "10", "4"), ("1e-3", "3", "6"), ("2e-3", "3", "4"), ("5e-4", "3", "4"), ("1e-3", "3", "4", "--min-gap", "0.5"),
+        ("1e-3", "3", "4", "--beta", "0.03"), ("1e-3", "3", "4", "--beta", "0.3"))],
 }
 
 
