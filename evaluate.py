@@ -29,7 +29,7 @@ from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run
                             write_aside)
 from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, Frontend, add_env, add_flags, report as frontend_report
 from colbench.humans import make_human
-from colbench.model import adapters_off, context_length, load_model, load_tokenizer, message_logps, put_adapter
+from colbench.model import adapters_off, context_length, has_adapters, load_model, load_tokenizer, message_logps, put_adapter
 from colbench.report import write_report
 from colbench.sampling import LocalChat
 from colbench.scorer import Scorer, share, success
@@ -42,7 +42,6 @@ from train_critic import PRESETS as CRITIC_PRESETS, UNTRAINED, score_candidates
 
 import numpy as np
 import torch
-from peft import PeftModel
 from tqdm import tqdm
 
 PRESETS = {
@@ -181,10 +180,10 @@ def main():
                 human = frontend.human if frontend else make_human(args.human, model=args.human_model)
             else:
                 if policy != "base":  # adapters go on the weights that are there; a fully fine-tuned model replaces them
-                    model = put_adapter(model if isinstance(model, PeftModel) else base, policy)
+                    model = put_adapter(model if has_adapters(model) else base, policy)
                 choose, model = best_of(args, tokenizer, base, model, policy) if args.best_of > 1 else (None, model)
                 agent = LocalChat(model, tokenizer, adapters=policy != "base", batch_tokens=args.batch_tokens)
-                weights = model if isinstance(model, PeftModel) else base
+                weights = model if has_adapters(model) else base
                 human = frontend.human if frontend else make_human(
                     args.human, LocalChat(weights, tokenizer, adapters=False, batch_tokens=args.batch_tokens), args.human_model)
             servers = [chat for chat in (agent, getattr(human, "chat", None)) if isinstance(chat, ServerChat)]
@@ -207,7 +206,7 @@ def main():
                 bar.set_postfix({"similarity" if frontend else "success": f"{wins / max(1, bar.n):.3f}"})
             bar.close()
     rewrite(args.episodes, lines, order)
-    report(args, tasks, lines, order, model if isinstance(model, PeftModel) else base)
+    report(args, tasks, lines, order, model if has_adapters(model) else base)
 
 
 def best_of(args, tokenizer, base, model, policy: str):
@@ -215,18 +214,18 @@ def best_of(args, tokenizer, base, model, policy: str):
     kind, folder = (args.critic, None) if args.critic in UNTRAINED else ("logprob", args.critic)
     settings = dict(critic=kind, no_hidden_info=False, no_length_norm=False, official=False, rollouts=4,
                     tokens_per_step=CRITIC_PRESETS[args.preset]["tokens_per_step"])
-    critic, mine = None, model.active_adapter if isinstance(model, PeftModel) else None
+    critic, mine = None, model.active_adapter if has_adapters(model) else None
     if folder:
         settings |= json.loads((Path(folder) / "training_args.json").read_text(encoding="utf-8"))
-        critic = put_adapter(model if isinstance(model, PeftModel) else base, folder)
+        critic = put_adapter(model if has_adapters(model) else base, folder)
         if (Path(folder) / "value_head.pt").exists():
             critic.value_head = value_head(critic, folder)
     settings |= dict(max_tokens=context_length(args.model), human=args.human, max_new_tokens=args.max_new_tokens, seed=args.seed)
-    both = critic if isinstance(critic, PeftModel) else model  # after full fine-tuning the critic is a model of its own
-    theirs, reference = getattr(both, "active_adapter", None), both if isinstance(both, PeftModel) else base
+    both = critic if has_adapters(critic) else model  # after full fine-tuning the critic is a model of its own
+    theirs, reference = getattr(both, "active_adapter", None), both if has_adapters(both) else base
 
     def use(adapter):
-        if isinstance(both, PeftModel) and adapter:
+        if has_adapters(both) and adapter:
             both.set_adapter(adapter)
 
     def reference_logps(trees):

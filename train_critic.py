@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=1e-4, pairs_per_task=6, min_gap=0.5, epochs=2,
@@ -237,6 +236,7 @@ def train(args, accelerator, model, reference, tokenizer, trajectories, pairs, t
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
     steps_per_epoch = -(-len(pairs) // args.batch_size)
     steps = args.epochs * steps_per_epoch
+    from transformers import get_linear_schedule_with_warmup  # here, not above: it takes seconds to import
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     first = load_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule)
     log = StepLog(accelerator, beside("_log.jsonl"), first)

@@ -44,7 +44,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=5e-4, epochs=2, batch_size=32,
@@ -238,6 +237,7 @@ def main():
     units_per_step = max(1, args.batch_size // (args.pairs_per_state if args.algorithm == "sweet" else 1))
     steps_per_epoch = -(-len(units) // units_per_step)
     steps = args.epochs * steps_per_epoch
+    from transformers import get_linear_schedule_with_warmup  # here, not above: it takes seconds to import
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     first = load_checkpoint(accelerator, args.policy, model, optimizer, schedule)
     log = StepLog(accelerator, beside("_log.jsonl"), first)

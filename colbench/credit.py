@@ -9,13 +9,12 @@ import json
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from tqdm import tqdm
 
 from colbench.dialogue import prompt_messages
 from colbench.files import UserError, append_jsonl, dialogue_hash, repair_jsonl, write_aside
-from colbench.model import (adapters_off, encode_dialogue, end_of_turn, load_model, message_ids, message_logps, pack, put_adapter,
-                            tree_tokens)
+from colbench.model import (adapters_off, encode_dialogue, end_of_turn, has_adapters, load_model, message_ids, message_logps, pack,
+                            put_adapter, tree_tokens)
 from colbench.show import fingerprint
 
 
@@ -49,7 +48,7 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     if not todo:
         return []
     critic_model = put_adapter(model, str(critic)) if model is not None else load_model(base, load_in_4bit, adapter=str(critic))
-    whole = not isinstance(critic_model, PeftModel)  # after full fine-tuning π_ref is a model of its own
+    whole = not has_adapters(critic_model)  # after full fine-tuning π_ref is a model of its own
     reference = load_model(base, load_in_4bit) if whole else critic_model
     trees = [tree_of(tokenizer, line, seen) for line in todo]
     if path:

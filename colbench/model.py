@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -71,6 +70,7 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
             EMBEDDED.get(source, source), dtype=dtype, quantization_config=nf4(dtype) if load_in_4bit else None, device_map={"": device})
         keep_4bit_layout(model)
         if is_lora:
+            from peft import PeftModel  # here, not above: it takes seconds to import, and a wrong flag should be told at once
             model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(cannot_load(source, error)) from None
@@ -95,7 +95,8 @@ def put_adapter(model, adapter: str):
     if not (Path(adapter) / "adapter_config.json").exists():
         return load_model(adapter, device=model.device)
     name = adapter.replace(".", "_")  # PEFT allows no dot in an adapter's name
-    if not isinstance(model, PeftModel):
+    if not has_adapters(model):
+        from peft import PeftModel
         return PeftModel.from_pretrained(model, adapter, adapter_name=name).eval()
     if name not in model.peft_config:
         model.load_adapter(adapter, name)
@@ -116,6 +117,7 @@ def add_lora(model, rank: int, gradient_checkpointing: bool = False):
     Llama-3.1-8B 2.1 GB and makes "adapters off" another model than the one that sampled.
     """
     if rank:
+        from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"))
     elif getattr(model, "is_loaded_in_4bit", False):
@@ -128,9 +130,14 @@ def add_lora(model, rank: int, gradient_checkpointing: bool = False):
     return model
 
 
+def has_adapters(model) -> bool:
+    """Whether it is a PeftModel, asked without importing PEFT."""
+    return hasattr(model, "get_base_model")
+
+
 def adapters_off(model):
     """Context in which the model is the base model again. A model without adapters is the base model as it is."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+    return model.disable_adapter() if has_adapters(model) else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------- dialogues to tokens
@@ -247,7 +254,7 @@ def message_means(model, trees: list[tuple]) -> list[list[torch.Tensor]]:
 
 
 def base_of(model):
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # adapters are inside its layers
+    return model.get_base_model() if has_adapters(model) else model  # adapters are inside its layers
 
 
 def _last_layer(model, trees: list[tuple]):
