@@ -8,7 +8,7 @@
 It calls the four scripts as a user would, one thread each, as many at once as there are cores: the main rows of all seeds, then the
 ablations of Table 3, the critics against rollouts, best-of-16, the rest. A job is done when its last file is there. OUT/table.md has
 mean and 95 % interval over seeds (Student's t), and the paired difference to SWEET over the same seeds; OUT/best_of_n.png and
-OUT/scaling.png are like the paper's Figures 3a and 3b (these need `pip install matplotlib`).
+OUT/scaling.png are like the paper's Figures 3a and 3b, OUT/curves.png has SWEET's learning curves (they need `pip install matplotlib`).
 """
 
 import argparse
@@ -295,6 +295,19 @@ def write_table(out: Path, seeds: list[int]) -> None:
     axes.set(xlabel="trajectories", ylabel="success")
     axes.legend()
     figure.savefig(out / "scaling.png", dpi=120)
+    figure, (accuracy, margin, above) = pyplot.subplots(1, 3, figsize=(9, 2.6), layout="constrained")
+    for seed in seeds:
+        for stage, panels in (("critic", ((accuracy, "rewards/accuracies"), (margin, "margin"))), ("policy", ((above, "rewards/accuracies"),))):
+            path = out / f"seed{seed}" / "sweet" / f"{stage}_log.jsonl"
+            rows = [json.loads(line) for line in open(path)] if path.exists() else []
+            for axes, name in panels:  # means over 20 steps
+                means = [statistics.mean(row[name] for row in rows[i - 20:i]) for i in range(20, len(rows) + 1)]
+                axes.plot(range(20, len(rows) + 1), means, color=f"C{seed}", label=f"seed {seed}")
+    accuracy.set(title="critic: pairs ranked right", xlabel="step")
+    margin.set(title="critic: margin", xlabel="step")
+    above.set(title="policy: a+ above a−", xlabel="step")
+    accuracy.legend(fontsize=7)
+    figure.savefig(out / "curves.png", dpi=100)
 
 
 def main():
