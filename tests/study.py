@@ -32,13 +32,17 @@ CRITICS = {  # row -> flags of train_critic.py; each also trains a policy
     "regression head": ["--critic", "regression"],
     "without hidden information": ["--no-hidden-info"],
     "without length norm": ["--no-length-norm"],
+    "untrained critic": ["--critic", "untrained"],
     "a quarter of the trajectories": ["--max-trajectories", str(TRAJECTORIES // 4)],
     "half of the trajectories": ["--max-trajectories", str(TRAJECTORIES // 2)],
 }
 RANKERS = {"SWEET": [], "without hidden information": ["--no-hidden-info"], "value": ["--critic", "value"], "untrained": ["--critic", "untrained"]}
-PAPER_ROW = "SWEET, the paper's policy settings"
-PAPER_POLICY = ["--pairing", "halves", "--nll-weight", "0.01", "--no-skip-last-turn"]
-BASELINES = {"rejection fine-tuning": "rft", "multi-turn DPO": "multi-turn-dpo"}
+POLICIES = {  # row -> flags of train_policy.py, on SWEET's own preferences
+    "SWEET, the paper's policy settings": ["--pairing", "halves", "--nll-weight", "0.01", "--no-skip-last-turn"],
+    "SWEET, a+ imitated only": ["--beta", "1e-6"],  # (3) all but without its first term
+}
+BASELINES = {"rejection fine-tuning": ["rft"], "multi-turn DPO": ["multi-turn-dpo"],
+             "rejection fine-tuning, learning rate 1.4e-3": ["rft", "--learning-rate", "1.4e-3"]}  # the best of the sweep, by little
 BEST_OF = (4, 16)
 SWEEP = {  # six settings a method, then seven more for each baseline: SWEET had as many after it, when its pairs were looked into
     "sweet": [["--learning-rate", lr, "--nll-weight", w, "--gap", gap] for lr, w, gap in (
@@ -74,16 +78,17 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
         jobs.append((run / "preferences.jsonl", [data], ["train_critic.py", "--run", run, "--trajectories", data, *flags, *s]))
         jobs.append((run / "policy", [run / "preferences.jsonl"], ["train_policy.py", "--run", run, *s]))
         evaluate(jobs, row, [run / "policy"], "--policies", run / "policy")
-    for row, algorithm in BASELINES.items():
+    for row, flags in BASELINES.items():
         run = home / folder_name(row)
-        main.append((run / "policy", [data], ["train_policy.py", "--run", run, "--trajectories", data, "--algorithm", algorithm, *s]))
+        main.append((run / "policy", [data], ["train_policy.py", "--run", run, "--trajectories", data, "--algorithm", *flags, *s]))
         evaluate(main, row, [run / "policy"], "--policies", run / "policy")
     evaluate(main, "zero-shot", [], "--policies", "base")
     evaluate(main, "single turn", [], "--policies", "base", "--max-turns", 1)
-    sweet, halves, value = home / folder_name("SWEET"), home / folder_name(PAPER_ROW), home / "value"
-    rest.append((halves / "policy", [sweet / "preferences.jsonl"], [
-        "train_policy.py", "--run", halves, "--preferences", sweet / "preferences.jsonl", *PAPER_POLICY, *s]))
-    evaluate(rest, PAPER_ROW, [halves / "policy"], "--policies", halves / "policy")
+    ranked, value = home / folder_name("SWEET") / "preferences.jsonl", home / "value"
+    for row, flags in POLICIES.items():
+        run = home / folder_name(row)
+        rest.append((run / "policy", [ranked], ["train_policy.py", "--run", run, "--preferences", ranked, *flags, *s]))
+        evaluate(rest, row, [run / "policy"], "--policies", run / "policy")
     best_of.append((value / "preferences.jsonl", [data], [
         "train_critic.py", "--run", value, "--trajectories", data, "--critic", "value", *s]))
     rollouts += [(held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 24, "--k", 1, "--candidate-share", 0.2,
@@ -243,7 +248,7 @@ def ranks(values: list[float]) -> list[float]:
 
 
 def write_table(out: Path, seeds: list[int]) -> None:
-    rows = ["single turn", "zero-shot", *BASELINES, *CRITICS, PAPER_ROW]
+    rows = ["single turn", "zero-shot", *BASELINES, *CRITICS, *POLICIES]
     rows += [f"best of {n} by {row}" for n in BEST_OF for row in RANKERS]
     text = ["| row | success on held-out mini tasks | difference to SWEET, paired over seeds | seeds |", "|---|---|---|---|"]
     found = {row: {s: v for s in seeds if (v := success_of(out / f"seed{s}" / folder_name(row) / "metrics.json")) is not None} for row in rows}
@@ -289,9 +294,9 @@ def write_table(out: Path, seeds: list[int]) -> None:
     columns = [found[row] for row in ("a quarter of the trajectories", "half of the trajectories", "SWEET")]
     if all(columns):
         line(axes, "SWEET", [TRAJECTORIES // 4, TRAJECTORIES // 2, TRAJECTORIES], columns)
-    for row in ("zero-shot", *BASELINES):
+    for i, row in enumerate(("zero-shot", "rejection fine-tuning", "multi-turn DPO"), 1):
         if found[row]:
-            axes.axhline(statistics.mean(found[row].values()), linestyle=":", label=row, color=f"C{1 + ['zero-shot', *BASELINES].index(row)}")
+            axes.axhline(statistics.mean(found[row].values()), linestyle=":", label=row, color=f"C{i}")
     axes.set(xlabel="trajectories", ylabel="success")
     axes.legend()
     figure.savefig(out / "scaling.png", dpi=120)
