@@ -112,6 +112,8 @@ def parse_args():
     args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")
     if args.official and args.algorithm != "sweet":
         raise UserError("--official concerns --algorithm sweet")
+    if args.beta <= 0:
+        raise UserError(f"--beta {args.beta:g}: β′ of (3) is above 0; for NLL alone give 1e-6")
     args.policy = Path(args.policy or Path(args.run) / "policy")
     return args
 
