@@ -164,7 +164,7 @@ def main():
     tokenizer = base = None
     if not args.agent_server:
         tokenizer, base = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
-    model = base
+    shared = base  # once there is an adapter, the PeftModel around it; a fully fine-tuned policy is a model beside it
     frontend = Frontend(args, args.episodes.parent) if args.env == "frontend" else None
     with frontend or Scorer(allow_weak=args.allow_weak_sandbox) as scorer, open(args.episodes, "a", encoding="utf-8") as output:
         plan("evaluate", {
@@ -179,13 +179,14 @@ def main():
                 agent.check()
                 human = frontend.human if frontend else make_human(args.human, model=args.human_model)
             else:
-                if policy != "base":  # adapters go on the weights that are there; a fully fine-tuned model replaces them
-                    model = put_adapter(model if has_adapters(model) else base, policy)
-                choose, model = best_of(args, tokenizer, base, model, policy) if args.best_of > 1 else (None, model)
-                agent = LocalChat(model, tokenizer, adapters=policy != "base", batch_tokens=args.batch_tokens)
-                weights = model if has_adapters(model) else base
+                model = shared if policy == "base" else put_adapter(shared, policy)
+                whole = policy != "base" and not has_adapters(model)
+                shared = shared if whole else model
+                if args.best_of > 1:
+                    choose, shared = best_of(args, tokenizer, shared, None if whole or policy == "base" else model.active_adapter)
+                agent = LocalChat(model if whole else shared, tokenizer, adapters=policy != "base", batch_tokens=args.batch_tokens)
                 human = frontend.human if frontend else make_human(
-                    args.human, LocalChat(weights, tokenizer, adapters=False, batch_tokens=args.batch_tokens), args.human_model)
+                    args.human, LocalChat(shared, tokenizer, adapters=False, batch_tokens=args.batch_tokens), args.human_model)
             servers = [chat for chat in (agent, getattr(human, "chat", None)) if isinstance(chat, ServerChat)]
             batches = play(agent, human, todo, agent_prompt=args.agent_prompt, max_turns=args.max_turns,
                            n_candidates=args.best_of, candidate_share=float(args.best_of > 1), choose=choose,
@@ -206,40 +207,40 @@ def main():
                 bar.set_postfix({"similarity" if frontend else "success": f"{wins / max(1, bar.n):.3f}"})
             bar.close()
     rewrite(args.episodes, lines, order)
-    report(args, tasks, lines, order, model if has_adapters(model) else base)
+    report(args, tasks, lines, order, shared)
 
 
-def best_of(args, tokenizer, base, model, policy: str):
-    """(function that says which of N messages to play, the model with policy's and critic's adapters on the same weights)."""
+def best_of(args, tokenizer, shared, mine: str | None):
+    """(function that says which of N messages to play, the shared weights with the critic's adapter too). mine: the policy's adapter."""
     kind, folder = (args.critic, None) if args.critic in UNTRAINED else ("logprob", args.critic)
     settings = dict(critic=kind, no_hidden_info=False, no_length_norm=False, official=False, rollouts=4,
                     tokens_per_step=CRITIC_PRESETS[args.preset]["tokens_per_step"])
-    critic, mine = None, model.active_adapter if has_adapters(model) else None
+    critic = None
     if folder:
         settings |= json.loads((Path(folder) / "training_args.json").read_text(encoding="utf-8"))
-        critic = put_adapter(model if has_adapters(model) else base, folder)
+        critic = put_adapter(shared, folder)  # after full fine-tuning it is a model of its own
         if (Path(folder) / "value_head.pt").exists():
             critic.value_head = value_head(critic, folder)
     settings |= dict(max_tokens=context_length(args.model), human=args.human, max_new_tokens=args.max_new_tokens, seed=args.seed)
-    both = critic if has_adapters(critic) else model  # after full fine-tuning the critic is a model of its own
-    theirs, reference = getattr(both, "active_adapter", None), both if has_adapters(both) else base
+    theirs = critic.active_adapter if has_adapters(critic) else None
+    shared = critic if theirs else shared
 
     def use(adapter):
-        if has_adapters(both) and adapter:
-            both.set_adapter(adapter)
+        if adapter:
+            shared.set_adapter(adapter)
 
     def reference_logps(trees):
-        with torch.no_grad(), adapters_off(reference):
-            return message_logps(reference, trees)
+        with torch.no_grad(), adapters_off(shared):
+            return message_logps(shared, trees)
 
     def choose(states):
         use(theirs)
-        scores = score_candidates(SimpleNamespace(**settings), states, tokenizer, critic or reference, reference_logps)
+        scores = score_candidates(SimpleNamespace(**settings), states, tokenizer, critic or shared, reference_logps)
         use(mine)
         return [max(range(len(row)), key=row.__getitem__) if row else 0 for row in scores]  # too long for the critic: the first
 
     use(mine)
-    return choose, both
+    return choose, shared
 
 
 def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:

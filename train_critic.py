@@ -23,6 +23,7 @@ RUN/preferences.jsonl: a line a state with messages, candidates and their advant
 """
 
 import argparse
+import json
 import random
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,10 @@ def parse_args():
     args = parser.parse_args()
     if args.critic != "logprob" and (args.no_length_norm or args.aggregate or args.official):
         raise UserError("--no-length-norm, --aggregate and --official concern --critic logprob")
+    if args.critic == "untrained" and args.no_hidden_info:
+        raise UserError("--critic untrained is the base model's log-ratio with c to itself without: --no-hidden-info leaves nothing of it")
+    if env == "frontend" and (args.critic in ("value", "rollout") or args.official):
+        raise UserError("--critic value, --critic rollout and --official want rewards of tests, which --env frontend does not have")
     if args.no_length_norm + bool(args.aggregate) + args.official > 1:
         raise UserError("--no-length-norm, --aggregate and --official each say what a trajectory's score is: give one of them")
     args.aggregate = args.aggregate or ("trajectory-mean" if args.official else "sum" if args.no_length_norm else "turn-mean")
@@ -170,7 +175,8 @@ def load_pairs(args, tokenizer):
         pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap, chosen_from=float(args.official))
     if not pairs:
         rewards = sorted({round(t["reward"], 3) for t in trajectories})
-        raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories of different reward ("
+        raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories of different reward"
+                        f"{f', by --min-gap {args.min_gap:g} at least' * bool(args.min_gap)}{', one of 1 (--official)' * args.official} ("
                         f"{len(trajectories)} trajectories, rewards {rewards[:5]}); collect more with a larger --k or more tasks")
     trees = {}
     for index in sorted({index for pair in pairs for index in pair}):
@@ -186,6 +192,10 @@ def load_pairs(args, tokenizer):
     return trajectories, fitting, trees
 
 
+def settings_of(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def main():
     args = parse_args()
     if args.vision_critic:
@@ -196,6 +206,9 @@ def main():
     if accelerator.is_main_process:
         lock = lock_run(args.critic_folder.parent, args.critic_folder.name)  # noqa: F841  held until the process ends
     trained = args.critic_folder.exists() or args.critic in UNTRAINED
+    if args.critic in UNTRAINED and settings_of(args.preferences.with_name(args.preferences.stem + "_args.json")).get("critic") != args.critic \
+            and args.preferences.exists() and args.preferences.stat().st_size:
+        raise UserError(f"{args.preferences}: holds another critic's ranking; delete it, or choose another --run or --preferences")
     if trained and args.preferences.exists() and not states_to_rank(args)[1]:
         keep_settings(args.critic_folder if args.critic in TRAINED else args.preferences, args, begun=True)
         keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
@@ -203,6 +216,12 @@ def main():
         return
     if not trained and args.preferences.exists() and args.preferences.stat().st_size:
         raise UserError(f"{args.preferences}: holds another critic's ranking; delete it to train and rank anew, or choose another --run")
+    if args.critic_folder.exists() and args.critic in TRAINED:  # it ranks as it was trained
+        before = settings_of(args.critic_folder / "training_args.json")
+        for name in ("critic", "no_hidden_info", "no_length_norm", "official", "lora_rank"):
+            if before.get(name, getattr(args, name)) != getattr(args, name):
+                raise UserError(f"{args.critic_folder} was trained with --{name.replace('_', '-')} {before[name]}, not {getattr(args, name)}: "
+                                "give the same flags, or another --run")
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
     if not trained:

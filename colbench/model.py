@@ -10,6 +10,7 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 
 import contextlib
 import ctypes
+import hashlib
 import re
 import sys
 from functools import lru_cache
@@ -94,7 +95,7 @@ def put_adapter(model, adapter: str):
     A fully fine-tuned model is no adapter: it is loaded instead."""
     if not (Path(adapter) / "adapter_config.json").exists():
         return load_model(adapter, device=model.device)
-    name = adapter.replace(".", "_")  # PEFT allows no dot in an adapter's name
+    name = hashlib.sha256(adapter.encode()).hexdigest()[:16]  # PEFT allows no dot in an adapter's name
     if not has_adapters(model):
         from peft import PeftModel
         return PeftModel.from_pretrained(model, adapter, adapter_name=name).eval()

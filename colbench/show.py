@@ -131,5 +131,5 @@ def training_plan(title: str, args, model, steps: int, first: int, batch: str, t
 
 def next_step(script: str, args) -> str:
     """The command of the next stage, with the flags that make it the same run."""
-    flags = [f"--preset {args.preset}"] * (args.preset != "tiny") + [f"--run {args.run}"] * (args.run != f"runs/{args.preset}")
+    flags = ["--env frontend"] * (getattr(args, "env", None) == "frontend") + [f"--preset {args.preset}"] * (args.preset != "tiny") + [f"--run {args.run}"] * (args.run != f"runs/{args.preset}")
     return " ".join(["next: python", script, *flags])

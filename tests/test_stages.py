@@ -210,8 +210,12 @@ def test_full_fine_tuning(collected):
     run("train_critic.py", "--run", collected, "--lora-rank", 0, "--learning-rate", "1e-3", "--epochs", 1, *FEW)
     run("train_policy.py", "--run", collected, "--lora-rank", 0, "--learning-rate", "1e-3", "--epochs", 1)
     assert (collected / "policy" / "config.json").exists()  # a whole model
-    out = run("evaluate.py", "--run", collected, "--n-tasks", 10).stdout
-    assert "base" in out and "policy" in out
+    def played(name, *policies):
+        out = run("evaluate.py", "--run", collected / name, "--n-tasks", 6, "--policies", *policies).stdout
+        assert all(str(policy) in out for policy in policies)
+        return [line for line in lines(collected / name / "episodes.jsonl") if line["policy"] == "base"]
+
+    assert played("both", collected / "policy", "base") == played("alone", "base")  # the base model is still there beside it
 
 
 def test_critic_learns(finished):
