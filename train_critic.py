@@ -23,7 +23,6 @@ RUN/preferences.jsonl: a line a state with messages, candidates and their advant
 """
 
 import argparse
-import json
 import random
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from colbench.files import UserError, lock_run, repair_jsonl, run_main, seed_of
 from colbench.judges import judge_scores, rollout_scores
 from colbench.model import (adapters_off, add_lora, candidate_trees, context_length, encode_dialogue, load_model, load_tokenizer,
                             message_logps, message_means, pack, tree_tokens)
-from colbench.show import keep_settings, keep_weights, next_step, training_plan
+from colbench.show import keep_settings, keep_weights, next_step, refuse_other, training_plan
 from colbench.tasks import failed, load_trajectories, of_first_tasks
 from colbench.training import DIVERGED, StepLog, cached_logps, load_checkpoint, save_checkpoint, save_trained, value_head, write_ranking
 
@@ -192,10 +191,6 @@ def load_pairs(args, tokenizer):
     return trajectories, fitting, trees
 
 
-def settings_of(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def main():
     args = parse_args()
     if args.vision_critic:
@@ -206,9 +201,8 @@ def main():
     if accelerator.is_main_process:
         lock = lock_run(args.critic_folder.parent, args.critic_folder.name)  # noqa: F841  held until the process ends
     trained = args.critic_folder.exists() or args.critic in UNTRAINED
-    if args.critic in UNTRAINED and settings_of(args.preferences.with_name(args.preferences.stem + "_args.json")).get("critic") != args.critic \
-            and args.preferences.exists() and args.preferences.stat().st_size:
-        raise UserError(f"{args.preferences}: holds another critic's ranking; delete it, or choose another --run or --preferences")
+    if args.critic in UNTRAINED and args.preferences.exists() and args.preferences.stat().st_size:
+        refuse_other(args.preferences.with_name(args.preferences.stem + "_args.json"), args, ["critic"], f"{args.preferences} was ranked")
     if trained and args.preferences.exists() and not states_to_rank(args)[1]:
         keep_settings(args.critic_folder if args.critic in TRAINED else args.preferences, args, begun=True)
         keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
@@ -217,11 +211,8 @@ def main():
     if not trained and args.preferences.exists() and args.preferences.stat().st_size:
         raise UserError(f"{args.preferences}: holds another critic's ranking; delete it to train and rank anew, or choose another --run")
     if args.critic_folder.exists() and args.critic in TRAINED:  # it ranks as it was trained
-        before = settings_of(args.critic_folder / "training_args.json")
-        for name in ("critic", "no_hidden_info", "no_length_norm", "official", "lora_rank"):
-            if before.get(name, getattr(args, name)) != getattr(args, name):
-                raise UserError(f"{args.critic_folder} was trained with --{name.replace('_', '-')} {before[name]}, not {getattr(args, name)}: "
-                                "give the same flags, or another --run")
+        refuse_other(args.critic_folder / "training_args.json", args, ["critic", "no_hidden_info", "no_length_norm", "official", "lora_rank"],
+                     f"{args.critic_folder} was trained")
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
     if not trained:

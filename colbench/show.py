@@ -37,6 +37,14 @@ def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> Non
               file=sys.stderr)
 
 
+def refuse_other(path: Path, args, names: list[str], what: str) -> None:
+    """UserError where the flags `names` are others than those in the file `path`, or there is no such file."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    other = [f"--{name.replace('_', '-')} {before.get(name)}, not {getattr(args, name)}" for name in names if before.get(name) != getattr(args, name)]
+    if other:
+        raise UserError(f"{what} with {'; '.join(other)}: give the same flags, or choose another --run")
+
+
 def keep_weights(output: Path, folders) -> None:
     """Keep in OUTPUT_weights.json which trained weights `output` is made with. UserError where the weights in one of `folders` are
     others than those that made what is in `output` already: the same file would hold results of both."""
@@ -131,5 +139,6 @@ def training_plan(title: str, args, model, steps: int, first: int, batch: str, t
 
 def next_step(script: str, args) -> str:
     """The command of the next stage, with the flags that make it the same run."""
-    flags = ["--env frontend"] * (getattr(args, "env", None) == "frontend") + [f"--preset {args.preset}"] * (args.preset != "tiny") + [f"--run {args.run}"] * (args.run != f"runs/{args.preset}")
+    flags = ["--env frontend"] * (getattr(args, "env", None) == "frontend") + [f"--preset {args.preset}"] * (args.preset != "tiny")
+    flags += [f"--run {args.run}"] * (args.run != f"runs/{args.preset}")
     return " ".join(["next: python", script, *flags])
