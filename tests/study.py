@@ -1,6 +1,7 @@
 """Every comparison of the paper on the embedded default, over seeds: one table and two figures.
 
     python tests/study.py --out runs/study                 # 5 seeds, hours on two cores; the same command goes on after an interrupt
+    python tests/study.py --out runs/study --more          # also rows that the paper does not have: half as many minutes again
     python tests/study.py --out runs/study --table         # only the table and the figures of what is there
     python tests/study.py --out runs/gate --gate           # before seeds are spent: do oracle labels beat rejection fine-tuning?
     python tests/study.py --out runs/sweep --sweep         # the same few settings for every method, on train-split tasks
@@ -43,6 +44,7 @@ POLICIES = {  # row -> flags of train_policy.py, on SWEET's own preferences
 }
 BASELINES = {"rejection fine-tuning": ["rft"], "multi-turn DPO": ["multi-turn-dpo"],
              "rejection fine-tuning, learning rate 1.4e-3": ["rft", "--learning-rate", "1.4e-3"]}  # the best of the sweep, by little
+MORE = {"untrained critic", "rejection fine-tuning, learning rate 1.4e-3", *POLICIES}  # only with --more
 BEST_OF = (4, 16)
 SWEEP = {  # six settings a method, then seven more for each baseline: SWEET had as many after it, when its pairs were looked into
     "sweet": [["--learning-rate", lr, "--nll-weight", w, "--gap", gap] for lr, w, gap in (
@@ -62,9 +64,9 @@ def folder_name(row: str) -> str:
     return re.sub(r"\W+", "-", row.lower()).strip("-")
 
 
-def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
+def jobs_of_seed(out: Path, seed: int, n_test: int, more: bool) -> tuple[list, ...]:
     """Jobs of one seed, (file that ends the job, files it needs, command): the main rows, the ablations of Table 3, the critics
-    against rollouts, best-of-16, and the rest: smaller N, the data scaling of Figure 3b, the paper's policy settings."""
+    against rollouts, best-of-16, and the rest: smaller N, the data scaling of Figure 3b, with `more` the rows of MORE."""
     home, s = out / f"seed{seed}", ["--seed", str(seed)]
     data, held = home / "data" / "trajectories.jsonl", home / "held-out" / "trajectories.jsonl"
     main, ablations, rollouts, best_of, rest = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], [], []
@@ -73,19 +75,20 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
         run = home / folder_name(row)
         jobs.append((run / "metrics.json", needs, ["evaluate.py", "--run", run, "--n-tasks", n, "--seed", 1000 + seed, *flags]))
 
-    for row, flags in CRITICS.items():
+    wanted = lambda rows: [(row, flags) for row, flags in rows.items() if more or row not in MORE]  # noqa: E731
+    for row, flags in wanted(CRITICS):
         run, jobs = home / folder_name(row), main if row == "SWEET" else rest if "--max-trajectories" in flags else ablations
         jobs.append((run / "preferences.jsonl", [data], ["train_critic.py", "--run", run, "--trajectories", data, *flags, *s]))
         jobs.append((run / "policy", [run / "preferences.jsonl"], ["train_policy.py", "--run", run, *s]))
         evaluate(jobs, row, [run / "policy"], "--policies", run / "policy")
-    for row, flags in BASELINES.items():
+    for row, flags in wanted(BASELINES):
         run = home / folder_name(row)
         main.append((run / "policy", [data], ["train_policy.py", "--run", run, "--trajectories", data, "--algorithm", *flags, *s]))
         evaluate(main, row, [run / "policy"], "--policies", run / "policy")
     evaluate(main, "zero-shot", [], "--policies", "base")
     evaluate(main, "single turn", [], "--policies", "base", "--max-turns", 1)
     ranked, value = home / folder_name("SWEET") / "preferences.jsonl", home / "value"
-    for row, flags in POLICIES.items():
+    for row, flags in wanted(POLICIES):
         run = home / folder_name(row)
         rest.append((run / "policy", [ranked], ["train_policy.py", "--run", run, "--preferences", ranked, *flags, *s]))
         evaluate(rest, row, [run / "policy"], "--policies", run / "policy")
@@ -175,7 +178,8 @@ def success_of(path: Path) -> float | None:
 
 def half_width(values: list[float]) -> float:
     """Of the 95 % interval of the mean over seeds, by Student's t."""
-    t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}.get(len(values) - 1, 2.0)
+    df = len(values) - 1
+    t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}.get(df, 1.96 + 2.372 / max(1, df) + 2.823 / max(1, df) ** 2)
     return t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -253,6 +257,8 @@ def write_table(out: Path, seeds: list[int]) -> None:
     text = ["| row | success on held-out mini tasks | difference to SWEET, paired over seeds | seeds |", "|---|---|---|---|"]
     found = {row: {s: v for s in seeds if (v := success_of(out / f"seed{s}" / folder_name(row) / "metrics.json")) is not None} for row in rows}
     for row, values in found.items():
+        if not values:
+            continue
         differences = [values[s] - found["SWEET"][s] for s in values if s in found["SWEET"] and row != "SWEET" and "best of" not in row]
         text.append(f"| {row} | {interval(list(values.values()))} | {interval(differences)} | "
                     f"{', '.join(f'{v:.1%}' for v in values.values())} |")
@@ -266,7 +272,8 @@ def write_table(out: Path, seeds: list[int]) -> None:
     ranked += [(row, "held-out", "held-out/trajectories.jsonl", f"held-out/{folder_name(row)}.jsonl") for row in (*RANKERS, "rollout")]
     for row, states, trajectories, file in ranked:
         found_by = [against_oracle(out / f"seed{s}" / file, out / f"seed{s}" / trajectories) for s in seeds]
-        found_by = [value for value in found_by if value]
+        if not (found_by := [value for value in found_by if value]):
+            continue
         text.append(f"| {row} | {states} | {interval([a for a, _ in found_by])} | {interval([b for _, b in found_by])} |")
     (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
@@ -321,7 +328,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--n-test", type=int, default=300, help="held-out tasks an evaluation (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="scripts at once (default: all cores)")
-    for flag in ("--table", "--gate", "--sweep", "--oracle-labels"):
+    for flag in ("--table", "--more", "--gate", "--sweep", "--oracle-labels"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS if flag == "--oracle-labels" else "see above")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -338,7 +345,7 @@ def main():
         return
     seeds = list(range(args.seeds))
     if not args.table:
-        by_kind = zip(*(jobs_of_seed(args.out, seed, args.n_test) for seed in seeds))  # the main rows of all seeds come first
+        by_kind = zip(*(jobs_of_seed(args.out, seed, args.n_test, args.more) for seed in seeds))  # the main rows of all seeds come first
         run_jobs([job for of_seeds in by_kind for jobs in of_seeds for job in jobs], args.workers)
     write_table(args.out, seeds)
 
