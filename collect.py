@@ -82,7 +82,7 @@ def parse_args():
     group.add_argument("--n-candidates", type=int, default=16, help="N, candidates at a state (default: %(default)s)")
     group.add_argument("--candidate-share", type=float, help="share of the turns that get candidates (default: %(default)s)")
     group.add_argument("--parallel", type=int, help="dialogues in flight (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of all sampling and shuffling (default: %(default)s)")
     group.add_argument("--scorer", choices=("fixed", "official"), default="fixed", help="which score is the reward: ours, or the released code's "
                        "verdicts (default: fixed)")
     group.add_argument("--allow-weak-sandbox", action="store_true", help="score even where the sandbox cannot be made safe")
@@ -93,6 +93,8 @@ def parse_args():
     if not 0 <= args.candidate_share <= 1:
         raise UserError(f"--candidate-share is between 0 and 1, not {args.candidate_share}")
     args.trajectories = shard_path(args.trajectories or Path(args.run) / "trajectories.jsonl", args.shard)
+    if args.add_candidates_to and Path(args.add_candidates_to).resolve() == args.trajectories.resolve():
+        raise UserError(f"--add-candidates-to {args.add_candidates_to}: is the output itself; choose another --run")
     return args
 
 
@@ -100,7 +102,7 @@ def main():
     args = parse_args()
     part = slice(args.shard[0] - 1, None, args.shard[1])
     lock = lock_run(args.trajectories.parent, f"collect-{args.trajectories.stem}")  # noqa: F841  held until the process ends
-    lines = repair_jsonl(args.trajectories)
+    lines = repair_jsonl(args.trajectories, ("id", "sample"))
     if args.add_candidates_to:
         todo = load_trajectories(args.add_candidates_to)[part]
     else:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from colbench.audit import flaws
-from colbench.compare import compare
+from colbench.compare import bootstrap, compare
 from colbench.credit import add_credit
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play
 from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, shard, shard_path, shards_hint,
@@ -40,7 +40,6 @@ from colbench.tasks import failed, load_tasks
 from colbench.training import value_head
 from train_critic import PRESETS as CRITIC_PRESETS, UNTRAINED, score_candidates
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -98,7 +97,7 @@ def parse_args():
     group.add_argument("--k", type=int, default=1, help="episodes a task (default: %(default)s)")
     group.add_argument("--max-turns", type=int, default=10, help="agent messages, the answer included (default: %(default)s)")
     group.add_argument("--parallel", type=int, help="dialogues in flight (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    group.add_argument("--seed", type=int, default=1, help="of all sampling and shuffling (default: %(default)s)")
     group.add_argument("--allow-weak-sandbox", action="store_true", help="score even where the sandbox cannot be made safe")
     parser.set_defaults(**PRESETS[preset] | (FRONTEND_PRESETS["evaluate"][preset] if env == "frontend" else {}))
     args = parser.parse_args()
@@ -107,11 +106,19 @@ def parse_args():
     if args.compare:
         return args
     trained = Path(args.run) / "policy"
-    args.policies = args.policies or (["base", str(trained)] if args.talk is None or trained.exists() else ["base"])
+    args.policies = list(dict.fromkeys(args.policies or (["base", str(trained)] if args.talk is None or trained.exists() else ["base"])))
+    if args.best_of > 1 and args.talk is not None:
+        raise UserError("--best-of does not go with --talk")
     if args.best_of > 1 and not args.critic:
         raise UserError("--best-of needs --critic: a folder that train_critic.py wrote, or untrained, judge or rollout")
-    if args.critic and not (args.best_of > 1 and args.critic in UNTRAINED) and not any((Path(args.critic) / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"--critic {args.critic}: no trained critic here; run train_critic.py first")
+    if args.critic in UNTRAINED and args.best_of == 1:
+        raise UserError(f"--critic {args.critic} needs --best-of, such as --best-of 16; the report shows trained critics")
+    if args.critic and args.critic not in UNTRAINED:
+        if not any((Path(args.critic) / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise UserError(f"--critic {args.critic}: no trained critic here; run train_critic.py first")
+        if args.best_of == 1 and (Path(args.critic) / "value_head.pt").exists():
+            raise UserError(f"--critic {args.critic}: gives one number a message by its head, no log-ratios of tokens, which the report "
+                            "shows; add --best-of 16, or give a critic of train_critic.py --critic logprob")
     if args.agent_server and args.best_of > 1:
         raise UserError("--best-of scores messages with the local --model; it does not go with --agent-server")
     if args.agent_server:
@@ -138,7 +145,7 @@ def main():
     tasks = load_tasks(args.tasks, args.n_tasks, args.env == "frontend")
     tasks = list({task["id"]: task for task in tasks}.values())[args.shard[0] - 1::args.shard[1]]  # a task twice is one task
     lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends
-    lines = repair_jsonl(args.episodes)
+    lines = repair_jsonl(args.episodes, ("policy", "id", "sample"))
     order = [(name, task["id"], sample) for name in args.names.values() for sample in range(args.k) for task in tasks]
     if args.retry_errors:
         lines = [line for line in lines if not failed(line)]
@@ -213,7 +220,7 @@ def main():
 def best_of(args, tokenizer, shared, mine: str | None):
     """(function that says which of N messages to play, the shared weights with the critic's adapter too). mine: the policy's adapter."""
     kind, folder = (args.critic, None) if args.critic in UNTRAINED else ("logprob", args.critic)
-    settings = dict(critic=kind, no_hidden_info=False, no_length_norm=False, official=False, rollouts=4,
+    settings = dict(critic=kind, no_hidden_info=False, no_length_norm=False, official=False, rollouts=4, batch_tokens=args.batch_tokens,
                     tokens_per_step=CRITIC_PRESETS[args.preset]["tokens_per_step"])
     critic = None
     if folder:
@@ -221,7 +228,8 @@ def best_of(args, tokenizer, shared, mine: str | None):
         critic = put_adapter(shared, folder)  # after full fine-tuning it is a model of its own
         if (Path(folder) / "value_head.pt").exists():
             critic.value_head = value_head(critic, folder)
-    settings |= dict(max_tokens=context_length(args.model), human=args.human, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    settings |= dict(max_tokens=context_length(args.model), human=args.human, max_new_tokens=args.max_new_tokens, seed=args.seed,
+                     allow_weak_sandbox=args.allow_weak_sandbox)
     theirs = critic.active_adapter if has_adapters(critic) else None
     shared = critic if theirs else shared
 
@@ -264,16 +272,9 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - width) / (1 + z * z / n)), min(1.0, (middle + width) / (1 + z * z / n))
 
 
-def bootstrap(values: list[float]) -> tuple[float, float]:
-    """95 % interval of a mean: percentiles of 10,000 means of resampled values."""
-    if not values:
-        return 0.0, 1.0
-    draws = np.random.default_rng(0).choice(np.array(values), size=(10_000, len(values))).mean(1)
-    return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
-
-
 def metrics_of(lines: list[dict], flawed: dict = ()) -> dict:
-    """All that is reported about one policy. Rates leave out dialogues that ended in an error; these are counted.
+    """All that is reported about one policy. Rates leave out dialogues that ended in an error; these are counted. 95 % intervals are
+    over tasks: Wilson's for a share of tasks played once, else a bootstrap.
 
     turns: agent messages an episode. tokens_a_message: as the agent's model counts them. answered_at_limit: share of episodes
     whose last turn came without an answer. leak_rate: share of human replies with code of the reference in the first draft.
@@ -282,14 +283,18 @@ def metrics_of(lines: list[dict], flawed: dict = ()) -> dict:
     sound = [line for line in lines if not failed(line)]
     n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
     result = {"episodes": len(sound), "errors": len(lines) - len(sound)}
+
+    def success_of(lines, mode):
+        wins, ids = [success(line["scores"], mode) for line in lines], [line["id"] for line in lines]
+        return {"success": sum(wins) / max(1, len(wins)),
+                "success_95": wilson(sum(wins), len(wins)) if len({*ids}) == len(ids) else bootstrap(wins, ids)}
+
     for mode in ("fixed", "official"):
-        wins = sum(success(line["scores"], mode) for line in sound)
         shares = [share(line["scores"], mode) for line in sound]
-        result[mode] = {"success": wins / n, "success_95": wilson(wins, len(sound)),
-                        "tests_passed": sum(shares) / n, "tests_passed_95": bootstrap(shares)}
-    clean = [success(line["scores"], "fixed") for line in sound if line["id"] not in flawed]
-    result["clean_tasks"] = {"episodes": len(clean), "success": sum(clean) / max(1, len(clean)),
-                             "success_95": wilson(sum(clean), len(clean))}
+        result[mode] = success_of(sound, mode) | {
+            "tests_passed": sum(shares) / n, "tests_passed_95": bootstrap(shares, [line["id"] for line in sound])}
+    clean = [line for line in sound if line["id"] not in flawed]
+    result["clean_tasks"] = {"episodes": len(clean)} | success_of(clean, "fixed")
     tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
     replies = [m for line in sound for m in line["dialogue_history"][1:] if m["role"] == "user"]
     return result | {

@@ -44,10 +44,11 @@ from tqdm import tqdm
 
 PRESETS = {
     "tiny": dict(run="runs/tiny", model="tiny", load_in_4bit=False, lora_rank=32, learning_rate=1e-4, pairs_per_task=6, min_gap=0.5, epochs=2,
-                 tokens_per_step=384, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None, human="scripted", max_new_tokens=96),
+                 tokens_per_step=384, max_tokens=1024, gradient_checkpointing=False, agent_prompt=None, human="scripted", max_new_tokens=96,
+                 batch_tokens=65536),
     "llama": dict(run="runs/llama", model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
                   learning_rate=5e-5, pairs_per_task=0, min_gap=0.0, epochs=4, tokens_per_step=8192, max_tokens=8192,
-                  gradient_checkpointing=True, agent_prompt=AGENT_PROMPT, human="self", max_new_tokens=1024),
+                  gradient_checkpointing=True, agent_prompt=AGENT_PROMPT, human="self", max_new_tokens=1024, batch_tokens=32768),
 }
 TRAINED, UNTRAINED = ("logprob", "regression", "value"), ("untrained", "judge", "rollout")
 HIDDEN_INFO = "\n\nHidden from the agent, the reference is:\n"
@@ -87,6 +88,8 @@ def parse_args():
     group.add_argument("--rollouts", type=int, default=4, help="--critic rollout: dialogues a candidate (default: %(default)s)")
     group.add_argument("--human", help="--critic rollout: scripted, self or a server's URL (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, help="--critic rollout: bound on one message (default: %(default)s)")
+    group.add_argument("--batch-tokens", type=int, help="--critic rollout: tokens held at once while sampling (default: %(default)s)")
+    group.add_argument("--allow-weak-sandbox", action="store_true", help="--critic rollout: score even where the sandbox cannot be made safe")
     add_page_flags(parser).add_argument("--vision-critic", metavar="MODEL", help="with --critic regression, as in the paper: the "
                                         "head sits on this vision-language model, which sees both pages (default: a text critic)")
     group = parser.add_argument_group("optimisation")
@@ -97,7 +100,7 @@ def parse_args():
                        "batch stays what it is (default: %(default)s)")
     group.add_argument("--max-tokens", type=int, help="longer trajectories are left out and counted (default: %(default)s)")
     group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of pairs, order and LoRA's start (default: %(default)s)")
     group.add_argument("--log-with", choices=("tensorboard", "wandb"), help="also log there, through accelerate")
     parser.set_defaults(**PRESETS[preset] | (FRONTEND_PRESETS["train_critic"][preset] if env == "frontend" else {}))
     args = parser.parse_args()
@@ -107,6 +110,8 @@ def parse_args():
         raise UserError("--critic untrained is the base model's log-ratio with c to itself without: --no-hidden-info leaves nothing of it")
     if env == "frontend" and (args.critic in ("value", "rollout") or args.official):
         raise UserError("--critic value, --critic rollout and --official want rewards of tests, which --env frontend does not have")
+    if min(args.save_every, args.batch_size, args.epochs, args.tokens_per_step, args.max_tokens, args.rollouts) < 1:
+        raise UserError("--save-every, --batch-size, --epochs, --tokens-per-step, --max-tokens and --rollouts are at least 1")
     if args.no_length_norm + bool(args.aggregate) + args.official > 1:
         raise UserError("--no-length-norm, --aggregate and --official each say what a trajectory's score is: give one of them")
     args.aggregate = args.aggregate or ("trajectory-mean" if args.official else "sum" if args.no_length_norm else "turn-mean")
@@ -165,7 +170,7 @@ def load_pairs(args, tokenizer):
     everything = load_trajectories(args.trajectories)
     for number, trajectory in enumerate(everything, 1):
         if "reward" not in trajectory and not failed(trajectory):
-            raise UserError(f"{args.trajectories}:{number}: reward: missing; score it with collect.py --add-candidates-to")
+            raise UserError(f"{args.trajectories}:{number}: reward: missing; score it with collect.py --run OTHER --add-candidates-to {args.trajectories}")
         trajectory.setdefault("system", (args.agent_prompt or AGENT_PROMPT).replace("{max_turns}", str(MAX_TURNS)))
     trajectories = [t for t in of_first_tasks(everything, args.max_trajectories) if "reward" in t]
     if args.critic == "value":  # learns from single trajectories
@@ -201,8 +206,9 @@ def main():
     if accelerator.is_main_process:
         lock = lock_run(args.critic_folder.parent, args.critic_folder.name)  # noqa: F841  held until the process ends
     trained = args.critic_folder.exists() or args.critic in UNTRAINED
-    if args.critic in UNTRAINED and args.preferences.exists() and args.preferences.stat().st_size:
-        refuse_other(args.preferences.with_name(args.preferences.stem + "_args.json"), args, ["critic"], f"{args.preferences} was ranked")
+    ranked_with = args.preferences.with_name(args.preferences.stem + "_args.json")
+    if args.preferences.exists() and args.preferences.stat().st_size and (args.critic in UNTRAINED or ranked_with.exists()):
+        refuse_other(ranked_with, args, ["critic"], f"{args.preferences} was ranked")
     if trained and args.preferences.exists() and not states_to_rank(args)[1]:
         keep_settings(args.critic_folder if args.critic in TRAINED else args.preferences, args, begun=True)
         keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
@@ -321,7 +327,7 @@ def states_to_rank(args) -> tuple[list[dict], set]:
     trajectories = of_first_tasks(load_trajectories(args.trajectories), args.max_trajectories)
     states = states_with_candidates(trajectories, args.agent_prompt or AGENT_PROMPT)
     if not states:
-        raise UserError(f"{args.trajectories}: no candidates to rank; add them with collect.py --add-candidates-to {args.trajectories}")
+        raise UserError(f"{args.trajectories}: no candidates to rank; add them with collect.py --run OTHER --add-candidates-to {args.trajectories}")
     return states, {(state["id"], state["sample"], state["turn"]) for state in states} - done
 
 
@@ -362,8 +368,7 @@ def rank(args, accelerator, model, reference_logps, tokenizer):
     """Writes preferences.jsonl."""
     states, missing = states_to_rank(args)
     if accelerator.is_main_process:
-        output = args.critic_folder if args.critic in TRAINED else args.preferences
-        keep_settings(output, args, begun=output.exists())
+        keep_settings(args.preferences, args, begun=args.preferences.exists())
         keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
     left_out = write_ranking(accelerator, args.preferences, states, missing,
                              lambda mine: score_candidates(args, mine, tokenizer, model, reference_logps))

@@ -102,7 +102,7 @@ def parse_args():
                        "batch stays what it is (default: %(default)s)")
     group.add_argument("--max-tokens", type=int, help="longer pairs are left out and counted (default: %(default)s)")
     group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of pairs, order and LoRA's start (default: %(default)s)")
     group.add_argument("--log-with", choices=("tensorboard", "wandb"), help="also log there, through accelerate")
     frontend = FRONTEND_PRESETS["train_policy"][known.preset] if env == "frontend" else {}
     parser.set_defaults(algorithm=known.algorithm,
@@ -112,6 +112,8 @@ def parse_args():
     args.trajectories = Path(args.trajectories or Path(args.run) / "trajectories.jsonl")
     if args.official and args.algorithm != "sweet":
         raise UserError("--official concerns --algorithm sweet")
+    if min(args.save_every, args.batch_size, args.epochs, args.tokens_per_step, args.max_tokens, args.pairs_per_state) < 1:
+        raise UserError("--save-every, --batch-size, --epochs, --tokens-per-step, --max-tokens and --pairs-per-state are at least 1")
     if args.beta <= 0:
         raise UserError(f"--beta {args.beta:g}: β′ of (3) is above 0; for NLL alone give 1e-6")
     args.policy = Path(args.policy or Path(args.run) / "policy")
@@ -149,11 +151,13 @@ def draw_pairs(advantages: list[float], rng: random.Random, pairing: str, n: int
 def load_states(args, tokenizer) -> list[dict]:
     """States with pairs: {"trees": [(prompt ids, [], distinct messages' ids)], "pairs": [([number of a+], [number of a−]), ...]};
     the numbers are those of the messages in message_logps' order. With --official the prompt is message 0."""
-    rows = []
+    rows, last_turns = [], 0
     for number, row in numbered_rows(args.preferences, ("id", "sample", "turn", "messages", "candidates", "advantages")):
         if len(row["candidates"]) != len(row["advantages"]) or not all(map(math.isfinite, row["advantages"])):
             raise UserError(f"{args.preferences}:{number}: advantages: as many finite numbers as candidates are wanted")
-        if row["candidates"] and not (args.skip_last_turn and row.get("last_turn")):
+        if args.skip_last_turn and row.get("last_turn"):
+            last_turns += 1
+        elif row["candidates"]:
             rows.append(row)
     advantages = [a for row in rows for a in row["advantages"]]
     gap = args.gap * statistics.pstdev(advantages) if advantages else 0.0
@@ -174,7 +178,8 @@ def load_states(args, tokenizer) -> list[dict]:
                            "pairs": [([number[a]], [number[b]]) for a, b in fitting]})
     if not states:
         raise UserError(f"{args.preferences}: no pair to learn from: {len(rows)} states with candidates, none with a "
-                        f"pair by --pairing {args.pairing} within --max-tokens {args.max_tokens}")
+                        f"pair by --pairing {args.pairing} within --max-tokens {args.max_tokens}"
+                        + f"; {last_turns} of the last turn are left out (--no-skip-last-turn takes them in)" * bool(last_turns))
     print(f"{sum(len(s['pairs']) for s in states)} pairs at {len(states)} of {len(rows)} states; {too_long} left out for their length")
     return states
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from colbench.dialogue import prompt_messages
-from colbench.files import UserError, append_jsonl, dialogue_hash, repair_jsonl, write_aside
+from colbench.files import append_jsonl, dialogue_hash, repair_jsonl, write_aside
 from colbench.model import (adapters_off, encode_dialogue, end_of_turn, has_adapters, load_model, message_ids, message_logps, pack,
                             put_adapter, tree_tokens)
 from colbench.show import fingerprint
@@ -23,20 +23,18 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     folder `critic`. Returns the new rows.
 
     base: name of the base model, π_ref. model: its weights, if they are in memory. Both π_θ and π_ref read c, the hidden
-    reference, in the prompt, unless the critic was trained with --no-hidden-info. Candidates of a turn (`candidates` in its
+    reference, in the prompt, unless the critic was trained with --no-hidden-info; with --official π_θ alone does. Candidates of a turn (`candidates` in its
     message) are scored too. Interrupted, it goes on.
     """
     from train_critic import advantage, with_hidden_info  # here, not above: equation (1) and the place of c stand in that script
 
     how = Path(critic) / "training_args.json"
     how = json.loads(how.read_text(encoding="utf-8")) if how.exists() else {}
-    if how.get("critic") in ("regression", "value"):
-        raise UserError(f"{critic}: a {how['critic']} critic gives one number a message by its head, no log-ratios of "
-                        "tokens; the report shows critics of train_critic.py --critic logprob")
     length_norm = not how.get("no_length_norm")
 
-    def seen(messages, reference):
-        return messages if how.get("no_hidden_info") else with_hidden_info(messages, reference)
+    def without_c(messages, reference):
+        return messages
+    seen = without_c if how.get("no_hidden_info") else with_hidden_info
 
     weights = fingerprint(Path(critic))
     name = lambda line: (weights, line["policy"], line["id"], line["sample"], dialogue_hash(line))  # noqa: E731
@@ -51,16 +49,16 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     whole = not has_adapters(critic_model)  # after full fine-tuning π_ref is a model of its own
     reference = load_model(base, load_in_4bit) if whole else critic_model
     trees = [tree_of(tokenizer, line, seen) for line in todo]
+    ref_trees = [tree_of(tokenizer, line, without_c) for line in todo] if how.get("official") else trees
     if path:
         write_aside(path, lambda temporary: [
             temporary.touch(), *(append_jsonl(temporary, row) for row in there.values())])
     rows, bar = [], tqdm(total=len(todo), desc="credit", unit="episode")
     for group in pack([sum(map(tree_tokens, of_line)) for of_line in trees], how.get("tokens_per_step", 1024)):
-        flat = [tree for k in group for tree in trees[k]]
         with torch.no_grad():
-            logps = message_logps(critic_model, flat)
+            logps = message_logps(critic_model, [tree for k in group for tree in trees[k]])
             with adapters_off(reference):
-                ref_logps = message_logps(reference, flat)
+                ref_logps = message_logps(reference, [tree for k in group for tree in ref_trees[k]])
         scored = zip(logps, ref_logps)
         for k in group:
             line, (turns, states) = todo[k], (next(scored), [next(scored) for _ in trees[k][1:]])
@@ -100,7 +98,7 @@ def tree_of(tokenizer, line, seen) -> list[tuple]:
 
 def token_ends(tokenizer, content: str) -> list[int]:
     """Where each token of message_ids ends in `content`, in characters; the end-of-turn token ends behind the last."""
-    encoded = tokenizer(content, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    encoded = tokenizer(content.encode("utf-8", "replace").decode(), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     return [end for _, end in encoded["offset_mapping"]] + [len(content)]
 
 

@@ -100,11 +100,11 @@ def _parse(path, number, line):
     return row
 
 
-def repair_jsonl(path):
+def repair_jsonl(path, required=()):
     """Rows of a file that an interrupted run left behind; a torn last line is cut off the file. Missing file: [].
 
     A last object that only lacks its newline is whole (a torn one cannot parse): it is kept and gets the newline.
-    A broken line before the last raises UserError naming file and line, and the file stays as it is.
+    A broken line before the last, or a row without a `required` field, raises UserError naming file and line, and the file stays as it is.
     """
     if not Path(path).exists():
         return []
@@ -114,11 +114,16 @@ def repair_jsonl(path):
             if broken and line.strip():
                 raise broken
             try:
-                if line.strip() and not broken:
-                    rows.append(_parse(path, number, line))
-                    end = file.tell()
+                if not line.strip():
+                    continue
+                rows.append(_parse(path, number, line))
+                end = file.tell()
             except UserError as error:
                 broken = error
+                continue
+            for field in required:
+                if field not in rows[-1]:
+                    raise UserError(f"{path}:{number}: {field}: missing; this line is not of the stage that writes here: choose another --run")
     if broken:
         os.truncate(path, end)
     elif not line.endswith(b"\n"):

@@ -58,7 +58,7 @@ def rollout_scores(args, states: list[dict], tokenizer, model) -> list[list[floa
     A state: {"id", "sample", "turn", "max_turns", "messages", "candidates", "task"}. An answer is scored as it is. A dialogue
     that fails does not count. Seeds come from (id, sample, turn, candidate, number of the rollout).
     """
-    agent = LocalChat(model, tokenizer, adapters=False)
+    agent = LocalChat(model, tokenizer, adapters=False, batch_tokens=args.batch_tokens)
     human = make_human(args.human, agent)
     answers, begun = [], []  # (state, candidate, task, answer); (state, candidate, task with the dialogue so far, name)
     for s, state in enumerate(states):
@@ -85,7 +85,7 @@ def rollout_scores(args, states: list[dict], tokenizer, model) -> list[list[floa
                              max_new_tokens=args.max_new_tokens, parallel=256, seed=args.seed):
             answers += [(*todo[e["sample"]][:2], e["task"], e["answer"]) for e in episodes if not failed(e)]
     rewards = [[[] for _ in state["candidates"]] for state in states]
-    with Scorer() as scorer:
+    with Scorer(allow_weak=args.allow_weak_sandbox) as scorer:
         for (s, k, *_), result in zip(answers, scorer.score_many([(task, answer) for *_, task, answer in answers])):
             rewards[s][k].append(share(result, "fixed"))
     return [[sum(values) / max(1, len(values)) for values in of_state] for of_state in rewards]

@@ -96,11 +96,16 @@ def put_adapter(model, adapter: str):
     if not (Path(adapter) / "adapter_config.json").exists():
         return load_model(adapter, device=model.device)
     name = hashlib.sha256(adapter.encode()).hexdigest()[:16]  # PEFT allows no dot in an adapter's name
-    if not has_adapters(model):
-        from peft import PeftModel
-        return PeftModel.from_pretrained(model, adapter, adapter_name=name).eval()
-    if name not in model.peft_config:
-        model.load_adapter(adapter, name)
+    try:
+        if not has_adapters(model):
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+        elif name not in model.peft_config:
+            model.load_adapter(adapter, name)
+    except (RuntimeError, ValueError) as error:  # other shapes, or layers that this model does not have
+        if "size mismatch" not in str(error) and "Target modules" not in str(error):
+            raise
+        raise UserError(f"{adapter}: was trained on another model than {model.config._name_or_path}; give its own by --model") from None
     model.set_adapter(name)
     return model.eval()
 
@@ -214,6 +219,7 @@ def text_ids(tokenizer, text: str) -> list[int]:
 
 @lru_cache(maxsize=1 << 14)  # a dialogue is tokenised again at each of its turns
 def _ids(tokenizer, text: str, split_special_tokens: bool) -> tuple[int, ...]:
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, from some server's or file's JSON, is no character
     return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split_special_tokens))
 
 

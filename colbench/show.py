@@ -141,4 +141,7 @@ def next_step(script: str, args) -> str:
     """The command of the next stage, with the flags that make it the same run."""
     flags = ["--env frontend"] * (getattr(args, "env", None) == "frontend") + [f"--preset {args.preset}"] * (args.preset != "tiny")
     flags += [f"--run {args.run}"] * (args.run != f"runs/{args.preset}")
+    given = {word.partition("=")[0] for word in sys.argv[1:]}
+    flags += [f"--model {args.model}"] * ("--model" in given)
+    flags += [flag for flag in ("--load-in-4bit", "--no-load-in-4bit") if flag in given]
     return " ".join(["next: python", script, *flags])

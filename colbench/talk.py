@@ -6,7 +6,7 @@ from colbench.credit import add_credit
 from colbench.dialogue import play
 from colbench.files import UserError, append_jsonl
 from colbench.humans import leaks
-from colbench.model import load_model, load_tokenizer, put_adapter
+from colbench.model import has_adapters, load_model, load_tokenizer, put_adapter
 from colbench.sampling import LocalChat
 from colbench.scorer import Scorer
 from colbench.server import ServerChat
@@ -86,7 +86,8 @@ def talk(args) -> None:
           f"{'solved' if 0 < fixed['total'] == fixed['passed'] else 'not solved'}, after {len(turns)} messages of the agent"
           + (f"; {leaked} of your replies held code of the reference" if leaked else ""))
     if args.critic and model is not None:
-        rows = add_credit(None, [episode], args.critic, args.model, args.load_in_4bit, tokenizer, model)
+        base = model if has_adapters(model) or policy == "base" else None  # a fully fine-tuned policy does not hold π_ref
+        rows = add_credit(None, [episode], args.critic, args.model, args.load_in_4bit, tokenizer, base)
         print("\nadvantage of each message, by the critic that sees the reference:")
         for turn, message in zip(rows[0]["turns"], turns):
             print(f"    {turn['advantage']:+.2f}  {indented(message['content'])[4:].splitlines()[0][:100]}")

@@ -2,6 +2,7 @@
 import ast
 import hashlib
 import json
+import math
 import re
 import warnings
 from itertools import islice
@@ -41,7 +42,14 @@ def load_tasks(source, limit=None, pages=False):
             raise UserError(f"{source}: the mini benchmark has mini:train and mini:test")
         return mini_tasks(split, MINI_SIZES[split] if limit is None else limit)
     path = local_path(source)
-    tasks = [_task(row, f"{path}:{number}", pages) for number, row in islice(numbered_rows(path), limit)]
+    tasks, lines = [], {}
+    for number, row in islice(numbered_rows(path), limit):
+        task = _task(row, f"{path}:{number}", pages)
+        texts = task["problem_description"], task["ground_truth"]
+        first, same = lines.setdefault(task["id"], (number, texts))
+        if same != texts:  # one of them would be left out without a word
+            raise UserError(f"{path}:{number}: id: {task['id']!r} is that of another task, in line {first}")
+        tasks.append(task)
     if not tasks:
         raise UserError(f"{path}: no tasks in it")
     return tasks
@@ -55,7 +63,7 @@ def load_trajectories(source, limit=None):
     `task` is checked and parsed as in load_tasks, its other keys stay. `id` is the task's. `sample` counts the
     trajectories of a task in file order where the file has none; a number that is taken already (two files put
     together) becomes the next free one, so (id, sample) is unique. A missing `answer` is the last assistant message,
-    after the answer marker if it has one. A missing `reward` stays missing. Content null counts as "".
+    after the answer marker if it has one. A missing `reward` stays missing, null is missing. Content null counts as "".
     A line whose "outcome" is "simulation_failed" (once "error: ...") is a dialogue that broke off: it is kept, and may
     lack an assistant message and an answer (then ""); callers leave such lines out.
     """
@@ -70,6 +78,11 @@ def load_trajectories(source, limit=None):
             task["id"] = row["id"]
         broke_off = failed(row)
         dialogue = _dialogue(row["dialogue_history"], where, broke_off)
+        reward = row.pop("reward", None)
+        if reward is not None:
+            if type(reward) not in (int, float) or not math.isfinite(reward):
+                raise UserError(f"{where}: reward: a number is wanted, this is {reward!r}")
+            row["reward"] = reward
         answer = row.get("answer")
         if answer is None:
             said = [message["content"] for message in dialogue if message["role"] == "assistant"]

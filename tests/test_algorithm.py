@@ -207,6 +207,12 @@ def test_marks_in_a_message_stay_text():
     assert ids[slice(*spans[0])].count(tokenizer.convert_tokens_to_ids("<|end|>")) == 1  # only the real one
 
 
+def test_half_a_surrogate_pair_is_read_as_a_question_mark():
+    tokenizer = load_tokenizer("tiny")
+    broken, whole = ([{"role": "user", "content": f"a {c} b"}, {"role": "assistant", "content": f"{c}!"}] for c in ("\ud83d", "?"))
+    assert encode_dialogue(tokenizer, broken) == encode_dialogue(tokenizer, whole)
+
+
 def test_hidden_info_is_in_the_critics_prompt_alone():
     seen = with_hidden_info(DIALOGUE, "def f(n, d):\n    return 7  # secret")
     assert "# secret" in seen[0]["content"] and seen[1:] == DIALOGUE[1:]

@@ -3,11 +3,15 @@
 import json
 import math
 import random
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import collect
+import evaluate
+import train_critic
 import train_policy
 from colbench.compare import compare, paired
 from colbench.dialogue import MARKER, play, prompt_messages, states_with_candidates
@@ -60,7 +64,8 @@ def states(task):
 
 def settings(**changes):
     return SimpleNamespace(**dict(critic="logprob", no_hidden_info=False, no_length_norm=False, official=False, tokens_per_step=150,
-                                  max_tokens=1024, rollouts=3, human="scripted", max_new_tokens=96, seed=0) | changes)
+                                  max_tokens=1024, rollouts=3, human="scripted", max_new_tokens=96, batch_tokens=65536,
+                                  allow_weak_sandbox=False, seed=0) | changes)
 
 
 def naive_logps(model, tokenizer, messages, text):
@@ -188,6 +193,14 @@ def units_of(algorithm, path, tokenizer, **changes):
     return train_policy.load_baseline(args, tokenizer)
 
 
+def test_why_there_is_no_pair(tmp_path, tokenizer):
+    append_jsonl(tmp_path / "last.jsonl", {"id": "a", "sample": 0, "turn": 1, "last_turn": True, "messages": [], "candidates": ["x", "y"],
+                                           "advantages": [0.0, 1.0]})
+    settings = SimpleNamespace(preferences=tmp_path / "last.jsonl", skip_last_turn=True, gap=0.2, pairing="gap", max_tokens=100)
+    with pytest.raises(UserError, match="0 states with candidates.*1 of the last turn are left out .--no-skip-last-turn"):
+        train_policy.load_states(settings, tokenizer)
+
+
 def test_baselines_train_on_agent_tokens_alone(trajectories, tokenizer):
     texts = [["What is the rebate?", f"{MARKER} right"], [f"{MARKER} wrong"]]
     [unit] = units_of("multi-turn-dpo", trajectories, tokenizer)
@@ -280,6 +293,37 @@ def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
     assert "3 episodes on 3 tasks" in text and "33.3% -  66.7% =  -33.3%" in text and "wins 0, ties 2, losses 1" in text
     with pytest.raises(UserError, match="two policies"):
         compare([str(tmp_path / "a")])
+    for run, values in {"c": [0.5, 0.2, 0.9], "d": [0.5, 0.6, 0.8]}.items():  # Frontend Design
+        (tmp_path / run).mkdir()
+        for k, value in enumerate(values):
+            append_jsonl(tmp_path / run / "episodes.jsonl", {"policy": "p", "id": str(k), "sample": 0, "outcome": "answered",
+                                                              "scores": {"similarity": value}})
+    compare([str(tmp_path / "c"), str(tmp_path / "d")])
+    text = capsys.readouterr().out
+    assert "63.3% -  53.3% =  +10.0%" in text and "wins 1, ties 1, losses 1" in text and text.count(" wins ") == 1
+    with pytest.raises(UserError, match="do not compare"):
+        compare([str(tmp_path / "a"), str(tmp_path / "d")])
+
+
+@pytest.mark.parametrize("script, words, says", [
+    (train_critic, "--save-every 0", "at least 1"), (train_critic, "--batch-size 0", "at least 1"), (train_critic, "--epochs 0", "at least 1"),
+    (train_critic, "--critic untrained --no-hidden-info", "leaves nothing"), (train_critic, "--critic value --official", "concern --critic logprob"),
+    (train_critic, "--env frontend --critic rollout", "does not have"), (train_critic, "--official --aggregate sum", "give one of them"),
+    (train_policy, "--save-every 0", "at least 1"), (train_policy, "--pairs-per-state 0", "at least 1"), (train_policy, "--beta 0", "above 0"),
+    (train_policy, "--official --algorithm rft", "concerns"),
+    (evaluate, "--policies base --critic untrained", "needs --best-of"), (evaluate, "--policies base --best-of 4", "needs --critic"),
+    (evaluate, "--policies base --critic value", "shows"), (evaluate, "--policies base --critic none", "no trained critic"),
+    (evaluate, "--talk 1 --best-of 4 --critic untrained", "does not go with"),
+    (collect, "--add-candidates-to {run}/trajectories.jsonl", "the output itself"), (collect, "--candidate-share 2", "between 0 and 1"),
+])
+def test_settings_that_cannot_work_are_refused_at_once(script, words, says, tmp_path, monkeypatch):
+    (tmp_path / "value").mkdir()
+    for name in ("adapter_config.json", "value_head.pt"):
+        (tmp_path / "value" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", *words.format(run=tmp_path).split(), "--run", str(tmp_path)])
+    with pytest.raises(UserError, match=says):
+        script.parse_args()
 
 
 def result_of(right):

@@ -293,6 +293,14 @@ def test_a_bad_task_is_named_with_file_line_and_field(tmp_path, changes, says):
     assert str(error.value).startswith(f"{path}:2: task: {says}")
 
 
+def test_two_tasks_of_one_id_are_named(tmp_path):
+    rows = [task(0, id="a"), task(0, id="a"), task(1, id="b"), task(1, id="a")]
+    path = write(tmp_path / "tasks.jsonl", rows)
+    assert [t["id"] for t in load_tasks(path, limit=3)] == ["a", "a", "b"]  # a task twice is no error
+    with pytest.raises(UserError, match="tasks.jsonl:4: id: 'a' is that of another task, in line 1"):
+        load_tasks(path)
+
+
 def test_files_without_tasks_and_wrong_sources(tmp_path):
     for source, says in [(write(tmp_path / "empty.jsonl", ["", " "]), "empty.jsonl: no tasks"),
                          (tmp_path / "absent.jsonl", "absent.jsonl: no such file"), ("absent.jsonl", "no such file"),
@@ -363,6 +371,7 @@ def test_missing_answers_and_broken_dialogues(tmp_path):
                               outcome="error: the simulator is down")]
     loaded = load_trajectories(write(tmp_path / "some.jsonl", rows))
     assert [row["answer"] for row in loaded] == [" return n + 5", " return n + 5", "the last turn counts", ""]
+    assert "reward" not in load_trajectories(write(tmp_path / "null.jsonl", [trajectory(5, reward=None)]))[0]
     assert loaded[2]["dialogue_history"][2]["content"] == "" and loaded[3]["outcome"] == "error: the simulator is down"
 
 
@@ -380,7 +389,8 @@ USER, AGENT = {"role": "user", "content": "?"}, {"role": "assistant", "content":
     (dict(dialogue_history=[USER, AGENT, {"role": "user", "content": 5}]), "dialogue_history[2]: content: a text"),
     (dict(dialogue_history=[AGENT, USER]), "dialogue_history[0]: role: the user's request comes first"),
     (dict(dialogue_history=[USER, USER]), "dialogue_history: no assistant message"),
-    (dict(answer=5), "answer: a text is wanted"), (dict(sample="first"), "sample: a whole number is wanted"),
+    (dict(answer=5), "answer: a text is wanted"), (dict(reward="1"), "reward: a number is wanted, this is '1'"),
+    (dict(reward=float("nan")), "reward: a number is wanted, this is nan"), (dict(sample="first"), "sample: a whole number is wanted"),
 ])
 def test_a_bad_trajectory_is_named_with_file_line_and_field(tmp_path, changes, says):
     path = write(tmp_path / "bad.jsonl", [trajectory(n) for n in range(3)] + [trajectory(3, **changes)])

@@ -10,7 +10,8 @@ from colbench.humans import ScriptedHuman
 from colbench.mini import DETAILS, code, mini_tasks
 from colbench.scorer import Scorer, share, success
 from colbench.server import Reply
-from evaluate import bootstrap, wilson
+from colbench.compare import bootstrap
+from evaluate import metrics_of, wilson
 
 MEANING = {hint: name for name, (_, hints) in DETAILS.items() for hint in hints.split()}
 
@@ -70,5 +71,20 @@ def test_an_expert_solves_all_and_a_hasty_agent_none(scorer):
 def test_intervals():
     assert wilson(8, 10) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))  # Wilson 1927
     assert wilson(0, 300)[0] == pytest.approx(0, abs=1e-9) and wilson(0, 300)[1] == pytest.approx(0.01264, abs=1e-4)
-    low, high = bootstrap([0.0, 1.0] * 200)  # a mean of 400 coin tosses: 0.5 +- 1.96 x 0.025
+    coins = [0.0, 1.0] * 200  # a mean of 400 coin tosses: 0.5 +- 1.96 x 0.025
+    low, high = bootstrap(coins, range(400))
     assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
+    assert bootstrap(coins * 4, [*range(400)] * 4) == pytest.approx((low, high))  # the same four times tells nothing new
+    assert bootstrap([1.0, 0.0, 0.0], ["a", "b", "b"])[1] == 1.0 and bootstrap([], []) == (0.0, 1.0)
+
+
+def test_more_episodes_of_a_task_do_not_make_more_tasks(scorer):
+    task = mini_tasks("test", 1)[0]
+    right, wrong = (next(scorer.score_many([(task, answer)])) for answer in (task["ground_truth"], "def f(): 1"))
+
+    def lines(samples):
+        return [{"id": str(k), "sample": s, "outcome": "answered", "dialogue_history": [{"role": "assistant", "content": "x"}],
+                 "scores": right if k < 30 else wrong} for k in range(100) for s in range(samples)]
+    once, often = metrics_of(lines(1))["fixed"], metrics_of(lines(8))["fixed"]
+    assert once["success"] == often["success"] == 0.3 and once["success_95"] == wilson(30, 100)
+    assert often["success_95"] == pytest.approx(once["success_95"], abs=0.02)  # eight times as many would be a third as wide

@@ -15,7 +15,7 @@ import torch
 from colbench.credit import add_credit, token_ends
 from colbench.dialogue import prompt_messages
 from colbench.files import UserError
-from colbench.model import add_lora, encode_dialogue, load_model, load_tokenizer, message_ids
+from colbench.model import add_lora, encode_dialogue, load_model, load_tokenizer, message_ids, message_logps
 from colbench.report import address, write_report
 from colbench.scorer import Scorer
 from colbench.tasks import load_tasks
@@ -360,21 +360,26 @@ def test_credit_against_one_message_at_a_time(critic, tmp_path):
 
 
 def test_credit_reads_how_the_critic_was_trained(critic, tmp_path):
-    """Without c, and as a sum: L times the mean, and another number than with c. A critic with a head has no log-ratios."""
+    """Without c, and as a sum: L times the mean, and another number than with c; with --official π_ref alone lacks c."""
     rows, tokenizer, got = [episode("c", "base", 1, ["What is the toll?"])], load_tokenizer("tiny"), {}
     for name, how in (("plain", {}), ("sum", {"no_length_norm": True}), ("blind", {"no_hidden_info": True}),
-                      ("value", {"critic": "value"})):
+                      ("official", {"official": True})):
         shutil.copytree(critic, tmp_path / name)
         (tmp_path / name / "training_args.json").write_text(json.dumps(how))
-        if name != "value":
-            got[name] = add_credit(None, rows, tmp_path / name, "tiny", False, tokenizer)[0]["turns"][0]
+        got[name] = add_credit(None, rows, tmp_path / name, "tiny", False, tokenizer)[0]["turns"][0]
     length = len(got["plain"]["ratios"])
     assert got["sum"]["advantage"] == pytest.approx(length * got["plain"]["advantage"], rel=0.02)
     assert abs(got["blind"]["advantage"] - got["plain"]["advantage"]) > 1e-3
     other = [episode("c", "base", 1, ["What is the toll?"], task=task("c", "def f(x):\n    return 0"))]
     assert add_credit(None, other, tmp_path / "blind", "tiny", False, tokenizer)[0]["turns"][0] == got["blind"]
-    with pytest.raises(UserError, match="value critic"):
-        add_credit(None, rows, tmp_path / "value", "tiny", False, tokenizer)
+    system, user = prompt_messages(rows[0]["system"], rows[0]["dialogue_history"][:1])
+    hidden = {"role": "system", "content": system["content"] + HIDDEN_INFO + rows[0]["task"]["ground_truth"]}
+    ids = message_ids(tokenizer, "What is the toll?", encode_end(tokenizer))
+    with torch.no_grad():
+        theta, ref = (message_logps(model, [(encode_dialogue(tokenizer, messages)[0], [], [ids])])[0][0] for model, messages in (
+            (load_model("tiny", adapter=str(critic)), [hidden, user]), (load_model("tiny"), [system, user])))
+    assert got["official"]["advantage"] == pytest.approx((theta - ref).mean().item(), rel=0.02)
+    assert abs(got["official"]["advantage"] - got["plain"]["advantage"]) > 1e-3
 
 
 def encode_end(tokenizer):

@@ -128,6 +128,8 @@ def test_results_do_not_stand_under_flags_or_weights_that_did_not_make_them(fini
         weights = load_file(folder / "adapter_model.safetensors")
         save_file({name: tensor * 1.5 for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
     assert f"was made with earlier weights of {policy}; delete it" in refused("evaluate.py", *args)
+    other = ["--run", tmp_path / "other", "--model", "tiny-frontend", "--n-tasks", 1]
+    assert f"{policy}: was trained on another model than" in refused("evaluate.py", *other, "--policies", policy)
     run("evaluate.py", "--run", run_folder, "--n-tasks", 30, "--policies", "base", "--critic", critic)
     assert (run_folder / "advantages.jsonl").read_bytes() != credit
     rows = (run_folder / "preferences.jsonl").read_bytes().splitlines(keepends=True)
@@ -260,6 +262,9 @@ def test_published_shape(finished, tmp_path):
             history = [{k: m[k] for k in ("role", "content", "input", "output") if k in m} for m in t["dialogue_history"]]
             task = {k: v for k, v in t["task"].items() if k != "id"} | {"test_cases": str(t["task"]["test_cases"])}
             file.write(json.dumps({"task": task, "dialogue_history": history, "answer": t["answer"]}) + "\n")
+    shutil.copy(published, tmp_path / "trajectories.jsonl")
+    assert "trajectories.jsonl:1: id: missing" in refused("collect.py", "--run", tmp_path)
+    (tmp_path / "trajectories.jsonl").unlink()
     run("collect.py", "--run", tmp_path, "--add-candidates-to", published, "--candidate-share", "0.05")
     rows = lines(tmp_path / "trajectories.jsonl")
     assert [t["reward"] for t in rows] == [t["reward"] for t in lines(finished / "trajectories.jsonl")]

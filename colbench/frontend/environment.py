@@ -4,8 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
+from colbench.compare import bootstrap
 from colbench.files import UserError, read_jsonl, write_aside
 from colbench.frontend.browser import Renderer
 from colbench.frontend.humans import make_page_human
@@ -52,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser):
     """The flags of collect.py and evaluate.py that only Frontend Design has."""
     group = add_page_flags(parser)
     group.add_argument("--measure", help="the reward: clip (openai/clip-vit-base-patch32), another CLIP's id or folder, or pixels, "
-                       "which needs no weights (default: %(default)s)")
+                       "which needs no weights (default: pixels with --preset tiny, clip with llama)")
     return group
 
 
@@ -113,23 +112,15 @@ def _relative(path) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def bootstrap(values) -> tuple:
-    """95 % interval of a mean: percentiles of 10,000 means of resampled values."""
-    if not len(values):
-        return 0.0, 1.0
-    draws = np.random.default_rng(0).choice(np.asarray(values, float), size=(10_000, len(values))).mean(1)
-    return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
-
-
 def win_rate(mine: list[dict], others: list[dict]) -> dict:
     """How often an episode of `mine` is closer to the reference than the other run's of the same task and sample. A tie (difference
     below 1e-6) is half a win. Episodes that only one side has, or that broke off, are left out and counted in "without_partner"."""
     there = {(line["id"], line["sample"]): line["scores"]["similarity"] for line in others if "scores" in line}
-    pairs = [(line["scores"]["similarity"], there[line["id"], line["sample"]]) for line in mine
-             if "scores" in line and (line["id"], line["sample"]) in there]
+    mine_too = [line for line in mine if "scores" in line and (line["id"], line["sample"]) in there]
+    pairs = [(line["scores"]["similarity"], there[line["id"], line["sample"]]) for line in mine_too]
     points = [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in pairs]
     n = max(1, len(points))
-    return {"win_rate": sum(points) / n, "win_rate_95": bootstrap(points), "wins": points.count(1.0) / n, "ties": points.count(0.5) / n,
+    return {"win_rate": sum(points) / n, "win_rate_95": bootstrap(points, [line["id"] for line in mine_too]), "wins": points.count(1.0) / n, "ties": points.count(0.5) / n,
             "n": len(points), "without_partner": len(mine) - len(points)}
 
 
@@ -153,7 +144,7 @@ def metrics_of(lines: list[dict], opponent: list[dict] | None = None) -> dict:
     values, n = [line["scores"]["similarity"] for line in sound], max(1, len(sound))
     said = [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
     tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
-    result = {"episodes": len(sound), "errors": len(lines) - len(sound), "similarity": sum(values) / n, "similarity_95": bootstrap(values),
+    result = {"episodes": len(sound), "errors": len(lines) - len(sound), "similarity": sum(values) / n, "similarity_95": bootstrap(values, [line["id"] for line in sound]),
               "no_page": sum(not line["scores"]["screenshot"] for line in sound) / n, "turns": len(said) / n,
               "tokens_a_message": sum(tokens) / max(1, len(tokens)),
               "answered_at_limit": sum(line["outcome"] == "limit" for line in sound) / n,
