@@ -263,7 +263,7 @@ def rewrite(path: Path, lines: list[dict], order: list[tuple]) -> None:
     write_aside(path, write)
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def wilson(hits: float, n: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson's score interval), for hits of n independent episodes."""
     if n == 0:
         return 0.0, 1.0
@@ -274,7 +274,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 def metrics_of(lines: list[dict], flawed: dict = ()) -> dict:
     """All that is reported about one policy. Rates leave out dialogues that ended in an error; these are counted. 95 % intervals are
-    over tasks: Wilson's for a share of tasks played once, else a bootstrap.
+    over tasks: Wilson's where each was played once, else a bootstrap.
 
     turns: agent messages an episode. tokens_a_message: as the agent's model counts them. answered_at_limit: share of episodes
     whose last turn came without an answer. leak_rate: share of human replies with code of the reference in the first draft.
@@ -286,8 +286,9 @@ def metrics_of(lines: list[dict], flawed: dict = ()) -> dict:
 
     def success_of(lines, mode):
         wins, ids = [success(line["scores"], mode) for line in lines], [line["id"] for line in lines]
-        return {"success": sum(wins) / max(1, len(wins)),
-                "success_95": wilson(sum(wins), len(wins)) if len({*ids}) == len(ids) else bootstrap(wins, ids)}
+        rate, tasks = sum(wins) / max(1, len(wins)), len({*ids})
+        resampled = tasks < len(ids) and 0 < rate < 1  # a bootstrap of equal outcomes has no width
+        return {"success": rate, "success_95": bootstrap(wins, ids) if resampled else wilson(sum(wins) * tasks / max(1, len(ids)), tasks)}
 
     for mode in ("fixed", "official"):
         shares = [share(line["scores"], mode) for line in sound]

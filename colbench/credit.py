@@ -23,8 +23,8 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     folder `critic`. Returns the new rows.
 
     base: name of the base model, π_ref. model: its weights, if they are in memory. Both π_θ and π_ref read c, the hidden
-    reference, in the prompt, unless the critic was trained with --no-hidden-info; with --official π_θ alone does. Candidates of a turn (`candidates` in its
-    message) are scored too. Interrupted, it goes on.
+    reference, in the prompt, unless the critic was trained with --no-hidden-info; with --official π_θ alone does. Candidates of a
+    turn (`candidates` in its message) are scored too. Interrupted, it goes on.
     """
     from train_critic import advantage, with_hidden_info  # here, not above: equation (1) and the place of c stand in that script
 
@@ -98,7 +98,8 @@ def tree_of(tokenizer, line, seen) -> list[tuple]:
 
 def token_ends(tokenizer, content: str) -> list[int]:
     """Where each token of message_ids ends in `content`, in characters; the end-of-turn token ends behind the last."""
-    encoded = tokenizer(content.encode("utf-8", "replace").decode(), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    content = content.encode("utf-8", "replace").decode()  # as in message_ids
+    encoded = tokenizer(content, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     return [end for _, end in encoded["offset_mapping"]] + [len(content)]
 
 

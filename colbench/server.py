@@ -140,7 +140,7 @@ class ServerChat:
 
     def _request(self, messages, seed, temperature, max_new_tokens, stop):
         import openai
-        settings = dict(model=self.model, messages=[{"role": m["role"], "content": m["content"]} for m in messages],
+        settings = dict(model=self.model, messages=[{"role": m["role"], "content": _whole(m["content"])} for m in messages],
                         temperature=temperature, max_tokens=max_new_tokens)
         if stop is not None:
             settings["stop"] = stop
@@ -166,6 +166,13 @@ class ServerChat:
         for secret in self._secrets:
             text = text.replace(secret, "…")
         return f"{self.address}: {text[:300]}"
+
+
+def _whole(content):
+    """A message's text or parts, half a surrogate pair as a question mark: UTF-8 has no bytes for it."""
+    if isinstance(content, list):
+        return [part | {"text": _whole(part["text"])} if "text" in part else part for part in content]
+    return content.encode("utf-8", "replace").decode()
 
 
 def _reply(response):

@@ -87,4 +87,6 @@ def test_more_episodes_of_a_task_do_not_make_more_tasks(scorer):
                  "scores": right if k < 30 else wrong} for k in range(100) for s in range(samples)]
     once, often = metrics_of(lines(1))["fixed"], metrics_of(lines(8))["fixed"]
     assert once["success"] == often["success"] == 0.3 and once["success_95"] == wilson(30, 100)
+    never = [line | {"scores": wrong} for line in lines(8)]
+    assert metrics_of(never)["fixed"]["success_95"] == wilson(0, 100)
     assert often["success_95"] == pytest.approx(once["success_95"], abs=0.02)  # eight times as many would be a third as wide

@@ -117,6 +117,15 @@ def last(body):
     return body["messages"][-1]["content"]
 
 
+def test_half_a_surrogate_pair_reaches_the_server_as_a_question_mark(serve):
+    server = serve(lambda body, earlier: "\udc00!")
+    chat = ServerChat(server.url, "first")
+    parts = [{"type": "text", "text": "b\ud83d"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    [[reply]] = chat.sample([[*says("a\ud83d"), {"role": "user", "content": parts}]], [[1]])
+    assert reply.text == "\udc00!"  # what came is kept as it came
+    assert [m["content"] for m in server.requests[0]["messages"]] == ["a?", [{"type": "text", "text": "b?"}, parts[1]]]
+
+
 def test_one_request_per_seed_and_every_reply_in_its_place(serve):
     def behave(body, earlier):
         time.sleep(random.random() / 20)  # replies come back in any order

@@ -120,8 +120,8 @@ def win_rate(mine: list[dict], others: list[dict]) -> dict:
     pairs = [(line["scores"]["similarity"], there[line["id"], line["sample"]]) for line in mine_too]
     points = [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in pairs]
     n = max(1, len(points))
-    return {"win_rate": sum(points) / n, "win_rate_95": bootstrap(points, [line["id"] for line in mine_too]), "wins": points.count(1.0) / n, "ties": points.count(0.5) / n,
-            "n": len(points), "without_partner": len(mine) - len(points)}
+    return {"win_rate": sum(points) / n, "win_rate_95": bootstrap(points, [line["id"] for line in mine_too]),
+            "wins": points.count(1.0) / n, "ties": points.count(0.5) / n, "n": len(points), "without_partner": len(mine) - len(points)}
 
 
 def load_opponent(path: str) -> list[dict]:
@@ -144,7 +144,8 @@ def metrics_of(lines: list[dict], opponent: list[dict] | None = None) -> dict:
     values, n = [line["scores"]["similarity"] for line in sound], max(1, len(sound))
     said = [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
     tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
-    result = {"episodes": len(sound), "errors": len(lines) - len(sound), "similarity": sum(values) / n, "similarity_95": bootstrap(values, [line["id"] for line in sound]),
+    result = {"episodes": len(sound), "errors": len(lines) - len(sound), "similarity": sum(values) / n,
+              "similarity_95": bootstrap(values, [line["id"] for line in sound]),
               "no_page": sum(not line["scores"]["screenshot"] for line in sound) / n, "turns": len(said) / n,
               "tokens_a_message": sum(tokens) / max(1, len(tokens)),
               "answered_at_limit": sum(line["outcome"] == "limit" for line in sound) / n,
