@@ -90,6 +90,8 @@ def parse_args():
     args = parser.parse_args()
     if args.k < 1 or args.n_tasks < 1 or args.n_candidates < 2 or args.max_turns < 1 or args.parallel < 1:
         raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1, --n-candidates at least 2")
+    if min(args.max_new_tokens, args.batch_tokens) < 1 or not 0 <= args.temperature < float("inf"):
+        raise UserError("--max-new-tokens and --batch-tokens are at least 1, --temperature is 0 or more")
     if not 0 <= args.candidate_share <= 1:
         raise UserError(f"--candidate-share is between 0 and 1, not {args.candidate_share}")
     args.trajectories = shard_path(args.trajectories or Path(args.run) / "trajectories.jsonl", args.shard)
@@ -119,7 +121,7 @@ def main():
         keep_settings(args.trajectories, args, begun=True)
         if list(done) != order or not order:  # killed before the last step, shards put together, an empty shard
             rewrite(args.trajectories, lines, order)
-        print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; next: python train_critic.py")
+        print(f"{args.trajectories} is complete ({len(lines)} trajectories): nothing to do; {next_step('train_critic.py', args)}")
         return
     print(f"{len(missing)} of {len(order)} trajectories to make, {len(lines)} are there; "
           f"agent {shown(args.agent_server or args.model)}, human {shown(args.human)}, "

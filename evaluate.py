@@ -27,7 +27,7 @@ from colbench.credit import add_credit
 from colbench.dialogue import AGENT_PROMPT, keep_sound, play
 from colbench.files import (UserError, append_jsonl, lock_run, repair_jsonl, run_main, shard, shard_path, shards_hint,
                             write_aside)
-from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, Frontend, add_env, add_flags, report as frontend_report
+from colbench.frontend.environment import PRESETS as FRONTEND_PRESETS, Frontend, add_env, add_flags, load_opponent, report as frontend_report
 from colbench.humans import make_human
 from colbench.model import adapters_off, context_length, has_adapters, load_model, load_tokenizer, message_logps, put_adapter
 from colbench.report import write_report
@@ -103,6 +103,12 @@ def parse_args():
     args = parser.parse_args()
     if min(args.k, args.n_tasks, args.max_turns, args.parallel) < 1:
         raise UserError("--k, --n-tasks, --max-turns and --parallel are at least 1")
+    if min(args.max_new_tokens, args.batch_tokens, args.best_of) < 1 or not 0 <= args.temperature < math.inf:
+        raise UserError("--max-new-tokens, --batch-tokens and --best-of are at least 1, --temperature is 0 or more")
+    if args.against and env != "frontend":
+        raise UserError("--against is for --env frontend; --compare RUN RUN compares runs of Backend Programming")
+    if args.shard[1] > 1 and args.critic and args.best_of == 1:
+        raise UserError("--critic for the report wants all episodes: put the shards together first, then give it without --shard")
     if args.compare:
         return args
     trained = Path(args.run) / "policy"
@@ -142,6 +148,8 @@ def main():
         return talk(args)
     if args.compare:
         return compare(args.compare)
+    if args.against:
+        load_opponent(args.against)  # a wrong one is told before anything is played
     tasks = load_tasks(args.tasks, args.n_tasks, args.env == "frontend")
     tasks = list({task["id"]: task for task in tasks}.values())[args.shard[0] - 1::args.shard[1]]  # a task twice is one task
     lock = lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")  # noqa: F841  held until the process ends

@@ -2,7 +2,7 @@
 
     python train_critic.py                                        # embedded default: runs/tiny/critic, runs/tiny/preferences.jsonl
     python train_critic.py --preset llama --run runs/llama        # 4-bit Llama-3.1-8B, the paper's settings but for LoRA's
-    accelerate launch --num_processes 2 train_critic.py ...       # data parallel
+    accelerate launch --num_processes 2 train_critic.py ...       # data parallel, on two GPUs
 
 The critic is a language model itself: the advantage of a message is how much likelier the critic finds it than the base model
 does, per token, both reading the reference c in their prompt (paper, section 4.1; o: the dialogue so far; a: a message, L tokens long):
@@ -112,6 +112,8 @@ def parse_args():
         raise UserError("--critic value, --critic rollout and --official want rewards of tests, which --env frontend does not have")
     if min(args.save_every, args.batch_size, args.epochs, args.tokens_per_step, args.max_tokens, args.rollouts) < 1:
         raise UserError("--save-every, --batch-size, --epochs, --tokens-per-step, --max-tokens and --rollouts are at least 1")
+    if args.vision_critic and (env != "frontend" or args.critic != "regression"):
+        raise UserError("--vision-critic wants --env frontend --critic regression")
     if args.no_length_norm + bool(args.aggregate) + args.official > 1:
         raise UserError("--no-length-norm, --aggregate and --official each say what a trajectory's score is: give one of them")
     args.aggregate = args.aggregate or ("trajectory-mean" if args.official else "sum" if args.no_length_norm else "turn-mean")
@@ -212,7 +214,7 @@ def main():
     if trained and args.preferences.exists() and not states_to_rank(args)[1]:
         keep_settings(args.critic_folder if args.critic in TRAINED else args.preferences, args, begun=True)
         keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
-        print(f"{args.preferences} is complete: nothing to do; next: python train_policy.py")
+        print(f"{args.preferences} is complete: nothing to do; {next_step('train_policy.py', args)}")
         return
     if not trained and args.preferences.exists() and args.preferences.stat().st_size:
         raise UserError(f"{args.preferences}: holds another critic's ranking; delete it to train and rank anew, or choose another --run")
@@ -240,6 +242,7 @@ def main():
     if not trained:
         train(args, accelerator, model, reference, tokenizer, trajectories, pairs, trees, reference_logps)
     rank(args, accelerator, model.eval(), reference_logps, tokenizer)
+    accelerator.end_training()  # the processes part here
 
 
 def train(args, accelerator, model, reference, tokenizer, trajectories, pairs, trees, reference_logps):
@@ -254,7 +257,8 @@ def train(args, accelerator, model, reference, tokenizer, trajectories, pairs, t
     steps = args.epochs * steps_per_epoch
     from transformers import get_linear_schedule_with_warmup  # here, not above: it takes seconds to import
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    first = load_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule)
+    data = seed_of(pairs, trees)  # a checkpoint goes on with the pairs that it was begun with
+    first = load_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule, args, data)
     log = StepLog(accelerator, beside("_log.jsonl"), first)
     if accelerator.is_main_process:
         keep_settings(args.critic_folder, args, begun=bool(first))
@@ -312,12 +316,11 @@ def train(args, accelerator, model, reference, tokenizer, trajectories, pairs, t
         schedule.step()
         optimizer.zero_grad()
         if log.unsound_in_a_row == 5:
-            save_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule, step + 1)
+            save_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule, step + 1, data)
             raise UserError(f"step {step}: {DIVERGED}")
         bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], margin=row.get("margin"), skipped=row["skipped"])
         if (step + 1) % args.save_every == 0:
-            save_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule, step + 1)
-    accelerator.end_training()
+            save_checkpoint(accelerator, args.critic_folder, model, optimizer, schedule, step + 1, data)
     save_trained(accelerator, args.critic_folder, model, tokenizer, vars(args))
 
 

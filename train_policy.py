@@ -3,7 +3,7 @@
     python train_policy.py                                        # embedded default: runs/tiny/policy
     python train_policy.py --preset llama --run runs/llama        # 4-bit Llama-3.1-8B, the paper's settings but for LoRA's
     python train_policy.py --algorithm multi-turn-dpo --policy runs/tiny/dpo    # a baseline of the paper; so is rft
-    accelerate launch --num_processes 2 train_policy.py ...       # data parallel
+    accelerate launch --num_processes 2 train_policy.py ...       # data parallel, on two GPUs
 
 At each state (a dialogue so far, o) up to 16 candidate messages are ranked by their advantage A_θ(o, a, c). A pair is a random
 one of the better half, a+, over a random one of the worse half, a−; four pairs a state. Then DPO on single turns, without c
@@ -218,7 +218,7 @@ def main():
         lock = lock_run(args.policy.parent, args.policy.name)  # noqa: F841  held until the process ends
     if args.policy.exists():
         keep_settings(args.policy, args, begun=True)
-        print(f"{args.policy} is complete: nothing to do; next: python evaluate.py (to train again: another --run)")
+        print(f"{args.policy} is complete: nothing to do (to train again: another --run); {next_step('evaluate.py', args)}")
         return
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
@@ -246,7 +246,8 @@ def main():
     steps = args.epochs * steps_per_epoch
     from transformers import get_linear_schedule_with_warmup  # here, not above: it takes seconds to import
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    first = load_checkpoint(accelerator, args.policy, model, optimizer, schedule)
+    data = seed_of([[unit["trees"], unit["pairs"]] for unit in units])  # a checkpoint goes on with the pairs that it was begun with
+    first = load_checkpoint(accelerator, args.policy, model, optimizer, schedule, args, data)
     log = StepLog(accelerator, beside("_log.jsonl"), first)
     if accelerator.is_main_process:
         keep_settings(args.policy, args, begun=bool(first))
@@ -298,13 +299,13 @@ def main():
         schedule.step()
         optimizer.zero_grad()
         if log.unsound_in_a_row == 5:
-            save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1)
+            save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1, data)
             raise UserError(f"step {step}: {DIVERGED}")
         bar.set_postfix(loss=row["loss"], accuracy=row.get("rewards/accuracies"), margin=row.get("margin"), skipped=row["skipped"])
         if (step + 1) % args.save_every == 0:
-            save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1)
-    accelerator.end_training()
+            save_checkpoint(accelerator, args.policy, model, optimizer, schedule, step + 1, data)
     save_trained(accelerator, args.policy, model, tokenizer, vars(args))
+    accelerator.end_training()
     if accelerator.is_main_process:
         print(f"{args.policy}: trained on {sum(len(unit['pairs']) for unit in units)} {args.algorithm} examples in {steps} steps")
         print(next_step("evaluate.py", args) + (f" --policies base {args.policy}" if args.policy.name != "policy" else ""))

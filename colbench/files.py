@@ -228,6 +228,7 @@ def shard_path(path, part):
 
 def shards_hint(path, part):
     """What to do with the file of one shard when all are there, in one line."""
-    stem = str(path).removesuffix(f"-{part[0]}of{part[1]}.jsonl")
-    return (f"with all {part[1]} shards in one place: cat {stem}-*of{part[1]}.jsonl > {stem}.jsonl, and the same command without "
+    end = Path(path).suffix
+    stem = str(path).removesuffix(f"-{part[0]}of{part[1]}{end}")
+    return (f"with all {part[1]} shards in one place: cat {stem}-*of{part[1]}{end} > {stem}{end}, and the same command without "
             "--shard puts them in order")

@@ -17,21 +17,25 @@ FREE = {"run", "preset", "trajectories", "preferences", "critic_folder", "policy
 
 
 def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> None:
-    """Keep a stage's flags beside its output, as OUTPUT_args.json. Where `output` was begun by an earlier call, print one line to
-    stderr that names the flags that differ now: what is there stays as it was made. free: more flags that may differ. refuse: a
-    UserError instead of the line, for results that would stand under a flag that they were not made with."""
-    path = output.with_name(output.name.removesuffix(".jsonl") + "_args.json")
+    """Keep a stage's flags beside its output, as OUTPUT_args.json. Where `output` was begun by an earlier call, or by those of its
+    shards, print one line to stderr that names the flags that differ now: what is there stays as it was made. free: more flags that
+    may differ. refuse: a UserError instead of the line, for results that would stand under a flag that they were not made with."""
+    stem = output.name.removesuffix(".jsonl")
+    path = output.with_name(f"{stem}_args.json")
     now = {name: shown(value) for name, value in vars(args).items() if name not in FREE and name not in free}
     now = json.loads(json.dumps(now, default=str))
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if begun else None
-    except (OSError, ValueError):  # made elsewhere, or by an earlier version
-        before = None
-    if before is None:
-        return write_aside(path, lambda temporary: temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8"))
-    other = [f"--{name.replace('_', '-')} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
+    other = []
+    for kept in ([path] if path.exists() else sorted(output.parent.glob(f"{stem}-*of*_args.json"))) if begun else ():
+        try:
+            before = json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a damaged file says nothing
+            continue
+        other += [f"--{name.replace('_', '-')} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
     if other and refuse:
-        raise UserError(f"{output} was begun with {'; '.join(other)}: choose another --run, or delete it to start anew")
+        raise UserError(f"{refuse if isinstance(refuse, str) else output} was begun with {'; '.join(dict.fromkeys(other))}: choose another "
+                        "--run, or delete it to start anew")
+    if not begun or not path.exists():
+        write_aside(path, lambda temporary: temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8"))
     if other:
         print(f"warning: {output} was begun with {'; '.join(other)}: what is there stays; choose another --run, or delete it to start anew",
               file=sys.stderr)
@@ -128,8 +132,11 @@ def training_memory(model, tokens: int, checkpointing: bool) -> str:
 
 def training_plan(title: str, args, model, steps: int, first: int, batch: str, tokens: int, output) -> None:
     """The block of a training script. first: steps done by an interrupted run; tokens: of all epochs."""
+    from accelerate.state import PartialState
+    processes = PartialState().num_processes
     plan(title, {
         "model": model_row(model, args.model, training=True),
+        "processes": processes if processes > 1 else None,
         "steps": f"{steps} of {batch}, {args.epochs} epochs, learning rate {args.learning_rate:g}"
                  + f", {first} are done" * (first > 0),
         "tokens": f"about {count(tokens)} in all",
@@ -140,7 +147,10 @@ def training_plan(title: str, args, model, steps: int, first: int, batch: str, t
 def next_step(script: str, args) -> str:
     """The command of the next stage, with the flags that make it the same run."""
     flags = ["--env frontend"] * (getattr(args, "env", None) == "frontend") + [f"--preset {args.preset}"] * (args.preset != "tiny")
-    flags += [f"--run {args.run}"] * (args.run != f"runs/{args.preset}")
+    frontend = "-frontend" * (getattr(args, "env", None) == "frontend")
+    flags += [f"--run {args.run}"] * (str(args.run) != f"runs/{args.preset}{frontend}")
+    flags += [f"--{name} {getattr(args, name)}" for name, reader in (("trajectories", "train_critic.py"), ("preferences", "train_policy.py"))
+              if script == reader and Path(getattr(args, name)) != Path(args.run) / f"{name}.jsonl"]
     given = {word.partition("=")[0] for word in sys.argv[1:]}
     flags += [f"--model {args.model}"] * ("--model" in given)
     flags += [flag for flag in ("--load-in-4bit", "--no-load-in-4bit") if flag in given]

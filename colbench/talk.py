@@ -1,5 +1,6 @@
 """Play the human yourself: `evaluate.py --talk [TASK]`. You see the hidden reference, the agent sees what you type."""
 import re
+import sys
 from pathlib import Path
 
 from colbench.credit import add_credit
@@ -46,6 +47,7 @@ def indented(text) -> str:
 
 def talk(args) -> None:
     """One dialogue with the last of args.policies on task number args.talk, counted from 1. Appends it to RUN/talk.jsonl."""
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 is a slip of the finger too
     if args.talk < 1:
         raise UserError(f"--talk {args.talk}: tasks are counted from 1")
     tasks = load_tasks(args.tasks, args.talk)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from colbench.files import UserError, append_jsonl, repair_jsonl, write_aside
 from colbench.model import pack, tree_tokens
+from colbench.show import keep_settings
 
 DIVERGED = ("loss or gradient was NaN or infinite five times in a row; a checkpoint of the last sound weights is written; try a "
             "lower --learning-rate (delete the checkpoint to start anew), or give the same command to go on behind these batches")
@@ -54,9 +55,11 @@ def write_ranking(accelerator, path: Path, states: list[dict], missing: set, sco
     a time, shared among the processes. Returns how many are too long to be scored. After an interruption a chunk that lacks a
     state is computed as a whole: its batches, and with them the last bits, stay the same."""
     chunk, left_out = 16 * accelerator.num_processes, 0
+    key = lambda row: (row["id"], row["sample"], row["turn"])  # noqa: E731
+    sixteen = {key(state): i // 16 for i, state in enumerate(states)}  # sorted within these: one order for any number of processes
     bar = tqdm(total=len(states), desc="ranking", unit="state", disable=not accelerator.is_main_process)
     for start in range(0, len(states), chunk):
-        if missing.isdisjoint((state["id"], state["sample"], state["turn"]) for state in states[start:start + chunk]):
+        if missing.isdisjoint(map(key, states[start:start + chunk])):
             bar.update(len(states[start:start + chunk]))
             continue
         mine = states[start:start + chunk][accelerator.process_index::accelerator.num_processes]
@@ -67,9 +70,9 @@ def write_ranking(accelerator, path: Path, states: list[dict], missing: set, sco
             state["advantages"] = advantages
             if not advantages:
                 state.update(candidates=[], left_out="longer than --max-tokens")
-        rows = sorted(gather_object(mine), key=lambda row: (row["id"], row["sample"], row["turn"]))
+        rows = sorted(gather_object(mine), key=lambda row: (sixteen[key(row)], key(row)))
         for row in rows if accelerator.is_main_process else ():
-            if (row["id"], row["sample"], row["turn"]) in missing:
+            if key(row) in missing:
                 append_jsonl(path, row)
                 left_out += "left_out" in row
         bar.update(len(rows))
@@ -112,13 +115,13 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
-def save_checkpoint(accelerator, output: Path, model, optimizer, schedule, step: int) -> None:
-    """Trained weights, optimiser and schedule after `step` steps, written aside and renamed; the one before is kept. Data order
-    and random numbers need no state: the order is a function of seed and epoch, and each step sets its own seed."""
+def save_checkpoint(accelerator, output: Path, model, optimizer, schedule, step: int, data) -> None:
+    """Trained weights, optimiser and schedule after `step` steps on `data` (a hash), written aside and renamed; the one before is kept. Data
+    order and random numbers need no state: the order is a function of seed and epoch, and each step sets its own seed."""
     if accelerator.is_main_process:
         path = checkpoint_path(output)
         weights = {n: p.detach().cpu() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-        state = {"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        state = {"step": step, "data": data, "weights": weights, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:  # torch's own writer tells a full disk in its own words
@@ -128,9 +131,11 @@ def save_checkpoint(accelerator, output: Path, model, optimizer, schedule, step:
         write_aside(path, write)
 
 
-def load_checkpoint(accelerator, output: Path, model, optimizer, schedule) -> int:
+def load_checkpoint(accelerator, output: Path, model, optimizer, schedule, args, data) -> int:
     """Restore what save_checkpoint wrote, or what it wrote the time before if that is damaged; returns the number of steps done,
-    0 if there is no sound checkpoint."""
+    0 if there is no sound checkpoint. UserError where it was begun with other flags or on other data: the result would be of both."""
+    if checkpoint_path(output).exists():
+        keep_settings(output, args, begun=True, refuse=f"{checkpoint_path(output)}: its training")
     for path in (checkpoint_path(output), previous(checkpoint_path(output))):
         if not path.exists():
             continue
@@ -143,6 +148,8 @@ def load_checkpoint(accelerator, output: Path, model, optimizer, schedule) -> in
             if accelerator.is_main_process:
                 print(f"{path}: damaged ({damaged}), the one before is taken", file=sys.stderr)
             continue
+        if state["data"] != data:
+            raise UserError(f"{path}: was trained on other data than there is now; delete it to start anew, or choose another --run")
         parameters = {n: p for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         if {n: p.shape for n, p in parameters.items()} != {n: p.shape for n, p in state["weights"].items()}:
             raise UserError(f"{path}: is of another model or --lora-rank; give that again, or delete the file to start anew")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -186,26 +187,34 @@ def test_critic_goes_on_after_kill(collected, tmp_path_factory):
 def test_losses_do_not_depend_on_budget_or_processes(collected):
     args = ["--run", str(collected), "--epochs", "1", "--save-every", "1000", *FEW]
 
-    def train(*flags, launch=(sys.executable,)):
-        done = subprocess.run([*launch, str(ROOT / "train_critic.py"), *args, *flags], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def train(*flags, launch=(), name="critic"):
+        done = subprocess.run([sys.executable, *launch, str(ROOT / f"train_{name}.py"), *args[:None if name == "critic" else -2], *flags],
+                              cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr[-3000:]
-        log = lines(collected / "critic_log.jsonl")
-        shutil.rmtree(collected / "critic")
+        assert bool(re.search("^  processes +2$", done.stdout, re.MULTILINE)) == bool(launch)
+        log = lines(collected / f"{name}_log.jsonl")
+        shutil.rmtree(collected / name)
         return log
 
-    expected = train()
-    assert len(expected) > 3
-    assert "holds another critic's ranking; delete it" in refused("train_critic.py", *args)
-    two_processes = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                     "--mixed_precision", "no", "--dynamo_backend", "no"]
-    for flags, launch in ((["--tokens-per-step", "300"], [sys.executable]), ([], two_processes)):
-        (collected / "preferences.jsonl").unlink()
-        got = train(*flags, launch=launch)
-        assert len(got) == len(expected)
+    def same(got, expected, names):
+        assert len(got) == len(expected) > 3
         for one, other in zip(got, expected):
-            for name in ("loss", "gradient_norm", "margin", "logps/chosen"):
-                assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), (flags, name)
+            for name in names:
+                assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
+
+    expected = train()
+    ranked = lines(collected / "preferences.jsonl")
+    assert "holds another critic's ranking; delete it" in refused("train_critic.py", *args)
+    # accelerate's own launcher starts several processes on GPUs only
+    two_processes = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    for flags, launch in ((["--tokens-per-step", "300"], []), ([], two_processes)):
+        (collected / "preferences.jsonl").unlink()
+        same(train(*flags, launch=launch), expected, ("loss", "gradient_norm", "margin", "logps/chosen"))
+    again = lines(collected / "preferences.jsonl")
+    assert [row["candidates"] for row in again] == [row["candidates"] for row in ranked]
+    assert all(a["advantages"] == pytest.approx(b["advantages"], abs=2e-3) for a, b in zip(again, ranked))
+    expected = train(name="policy")
+    same(train(launch=two_processes, name="policy"), expected, ("loss", "gradient_norm", "margin", "logps/chosen"))
 
 
 def test_full_fine_tuning(collected):

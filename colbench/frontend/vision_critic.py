@@ -26,7 +26,7 @@ from colbench.frontend.browser import Renderer
 from colbench.frontend.humans import scaled
 from colbench.frontend.protocol import page_shown
 from colbench.model import keep_4bit_layout, nf4
-from colbench.tasks import load_trajectories
+from colbench.tasks import load_trajectories, of_first_tasks
 
 QUESTION = ("A person asked for this web page: {request}\nHow far does the first picture, the page that was made, match the second, "
             "the page wanted?")
@@ -104,7 +104,7 @@ def train_and_rank(args, make_pairs, states_to_rank) -> None:
     torch.manual_seed(args.seed)
     with Renderer(args.trajectories.parent / "screenshots", layout=False, tabs=args.tabs) as renderer:
         if not args.critic_folder.exists():
-            trajectories = [t for t in load_trajectories(args.trajectories) if "reward" in t]
+            trajectories = [t for t in of_first_tasks(load_trajectories(args.trajectories), args.max_trajectories) if "reward" in t]
             pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap)
             if not pairs:
                 raise UserError(f"{args.trajectories}: no pair to learn from (--min-gap {args.min_gap}); collect more, or lower it")
