@@ -1,7 +1,7 @@
 """Every comparison of the paper on the embedded default, over seeds: one table and two figures.
 
     python tests/study.py --out runs/study                 # 5 seeds, hours on two cores; the same command goes on after an interrupt
-    python tests/study.py --out runs/study --more          # also rows that the paper does not have: half as many minutes again
+    python tests/study.py --out runs/study --more          # also four rows that the paper does not have: a fifth more time
     python tests/study.py --out runs/study --table         # only the table and the figures of what is there
     python tests/study.py --out runs/gate --gate           # before seeds are spent: do oracle labels beat rejection fine-tuning?
     python tests/study.py --out runs/sweep --sweep         # the same few settings for every method, on train-split tasks

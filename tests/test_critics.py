@@ -314,6 +314,9 @@ def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
     (evaluate, "--policies base --critic untrained", "needs --best-of"), (evaluate, "--policies base --best-of 4", "needs --critic"),
     (evaluate, "--policies base --critic value", "shows"), (evaluate, "--policies base --critic none", "no trained critic"),
     (evaluate, "--talk 1 --best-of 4 --critic untrained", "does not go with"),
+    (train_critic, "--vision-critic x", "wants --env frontend"), (evaluate, "--policies base --max-new-tokens 0", "at least 1"),
+    (evaluate, "--policies base --temperature nan", "0 or more"), (evaluate, "--policies base --against x", "for --env frontend"),
+    (evaluate, "--policies base --critic value --shard 1/2", "put the shards together"), (collect, "--temperature -1", "0 or more"),
     (collect, "--add-candidates-to {run}/trajectories.jsonl", "the output itself"), (collect, "--candidate-share 2", "between 0 and 1"),
 ])
 def test_settings_that_cannot_work_are_refused_at_once(script, words, says, tmp_path, monkeypatch):

@@ -179,6 +179,14 @@ def test_critic_goes_on_after_kill(collected, tmp_path_factory):
     command = [sys.executable, str(ROOT / "train_critic.py"), "--run", str(collected), *args]
     kill_when(command, lambda: log.exists() and log.read_bytes().count(b"\n") >= 5)
     assert (collected / "critic.checkpoint").exists() and not (collected / "critic").exists()
+    begun = {path: path.read_bytes() for path in collected.glob("[!.]*.*")}
+    assert "critic.checkpoint: its training was begun with --no-hidden-info False, not True" in refused(*command[1:], "--no-hidden-info")
+    trajectories = (collected / "trajectories.jsonl").read_bytes()
+    (collected / "trajectories.jsonl").write_bytes(b"".join(trajectories.splitlines(keepends=True)[:120]))
+    assert "critic.checkpoint: was trained on other data" in refused(*command[1:])
+    (collected / "trajectories.jsonl").write_bytes(trajectories)
+    assert {path: path.read_bytes() for path in collected.glob("[!.]*.*") if "reference" not in path.name} == {
+        path: content for path, content in begun.items() if "reference" not in path.name}
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert without_clock(lines(log)) == without_clock(lines(straight / "critic_log.jsonl"))
     assert (collected / "preferences.jsonl").read_bytes() == (straight / "preferences.jsonl").read_bytes()
