@@ -1,10 +1,11 @@
-"""Sampling 16 candidates from one prompt: LocalChat.sample against 16 rows of transformers' generate, in one run.
+"""Sampling 16 candidates from one prompt: LocalChat.sample against 16 rows of transformers' generate, and against its continuous
+batching (generate_batch, which forks the prompt's cache), in one run.
 
     python tests/bench/sampling.py                                    # 400-token prompt, 60 new tokens; a Llama of random weights, CPU
     python tests/bench/sampling.py --model meta-llama/Llama-3.1-8B-Instruct --load-in-4bit             # on a GPU
 
-Neither stops early: both make rows x tokens new tokens, and the tokens are counted. At temperature 0 both must give the same text. At
-temperature 1 the draws differ by design (ours has a seed for each row). Also printed: throughput in new tokens a second.
+None stops early: all make rows x tokens new tokens, and the tokens are counted. At temperature 0 ours and generate must give the same text. At
+temperature 1 the draws differ by design (ours has a seed for each row, continuous batching has none). Also printed: throughput in new tokens a second.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from colbench.model import encode_dialogue, load_model, load_tokenizer
 from colbench.sampling import LocalChat
@@ -68,6 +69,11 @@ def main():
             return model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=args.tokens, min_new_tokens=args.tokens,
                                   pad_token_id=0, eos_token_id=None, **settings)[:, len(prompt):].tolist()
 
+    def continuous():
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=args.rows,
+                                  max_new_tokens=args.tokens, eos_token_id=-1, pad_token_id=0)
+        return [reply.generated_tokens for reply in model.generate_batch([prompt], config).values()]
+
     def ours(temperature):
         return chat._generate([(prompt, args.tokens, seeds)], temperature)[0]
 
@@ -79,11 +85,14 @@ def main():
         print(f"greedy tokens: {same:.1%} equal (bf16 rounds differently)")
     result, slow = best_of(args.repeats, lambda: generate(do_sample=True, temperature=1.0, top_k=0, top_p=1.0))
     assert [len(row) for row in result] == [args.tokens] * args.rows
+    result, forked = best_of(args.repeats, continuous)
+    assert [len(row) for row in result] == [args.tokens] * args.rows
     [result], fast = best_of(args.repeats, lambda: chat.sample([messages()], [seeds], max_new_tokens=args.tokens))
     assert [reply.tokens for reply in result] == [args.tokens] * args.rows
     new = args.rows * args.tokens
     print(f"prompt {len(prompt)} tokens, {args.rows} rows of {args.tokens}: generate {slow:.3f} s ({new / slow:.0f} tokens/s), "
-          f"LocalChat.sample {fast:.3f} s ({new / fast:.0f} tokens/s), ratio {slow / fast:.1f}; greedy tokens equal: {greedy == expected}")
+          f"continuous batching {forked:.3f} s ({new / forked:.0f} tokens/s), LocalChat.sample {fast:.3f} s ({new / fast:.0f} tokens/s)")
+    print(f"ratio to generate {slow / fast:.1f}, to continuous batching {forked / fast:.1f}; greedy tokens equal: {greedy == expected}")
 
 
 if __name__ == "__main__":
