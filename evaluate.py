@@ -233,6 +233,8 @@ def best_of(args, tokenizer, shared, mine: str | None):
     critic = None
     if folder:
         settings |= json.loads((Path(folder) / "training_args.json").read_text(encoding="utf-8"))
+        if settings.get("vision_critic"):
+            raise UserError(f"--critic {folder}: it sees pictures, and only train_critic.py ranks with it; give a text critic")
         critic = put_adapter(shared, folder)  # after full fine-tuning it is a model of its own
         if (Path(folder) / "value_head.pt").exists():
             critic.value_head = value_head(critic, folder)

@@ -200,9 +200,6 @@ def load_pairs(args, tokenizer):
 
 def main():
     args = parse_args()
-    if args.vision_critic:
-        from colbench.frontend.vision_critic import train_and_rank  # (2) on pictures
-        return train_and_rank(args, make_pairs, states_to_rank)
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.run,
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.is_main_process:
@@ -219,8 +216,11 @@ def main():
     if not trained and args.preferences.exists() and args.preferences.stat().st_size:
         raise UserError(f"{args.preferences}: holds another critic's ranking; delete it to train and rank anew, or choose another --run")
     if args.critic_folder.exists() and args.critic in TRAINED:  # it ranks as it was trained
-        refuse_other(args.critic_folder / "training_args.json", args, ["critic", "no_hidden_info", "no_length_norm", "official", "lora_rank"],
-                     f"{args.critic_folder} was trained")
+        refuse_other(args.critic_folder / "training_args.json", args, ["critic", "vision_critic", "no_hidden_info", "no_length_norm", "official",
+                                                                     "lora_rank"], f"{args.critic_folder} was trained")
+    if args.vision_critic:
+        from colbench.frontend.vision_critic import train_and_rank  # (2) on pictures
+        return train_and_rank(args, accelerator, make_pairs, states_to_rank)
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
     if not trained:

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_vision_critic(finished, tmp_path):
     (tmp_path / "trajectories.jsonl").write_text("".join(json.dumps(t) + "\n" for t in trajectories))
     vision = save_tiny_vision(tmp_path / "vision")
     args = ("--run", tmp_path, "--critic", "regression", "--vision-critic", vision, "--min-gap", 0.001, "--pairs-per-task", 1,
-            "--epochs", 1, "--lora-rank", 2)
+            "--epochs", 2, "--batch-size", 1, "--save-every", 1, "--lora-rank", 2)
     run("train_critic.py", *args)
     log = lines(tmp_path / "critic_log.jsonl")
     assert log[0]["margin"] == 0 and log[0]["gradient_norm"] > 0
@@ -118,6 +119,32 @@ def test_vision_critic(finished, tmp_path):
     (tmp_path / "preferences.jsonl").write_text(json.dumps(rows[0]) + "\n")  # interrupted while ranking
     run("train_critic.py", *args)
     assert lines(tmp_path / "preferences.jsonl")[0] == rows[0] and len(lines(tmp_path / "preferences.jsonl")) == len(rows)
+    assert "nothing to do" in run("train_critic.py", *args).stdout
+
+    def refused(script, *more):
+        done = run(script, *more, ok=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr
+
+    (tmp_path / "preferences.jsonl").unlink()
+    assert "was trained with --vision-critic" in refused("train_critic.py", "--run", tmp_path, "--critic", "regression", "--lora-rank", 2)
+    assert "it sees pictures" in refused("evaluate.py", "--run", tmp_path, "--policies", "base", "--critic", tmp_path / "critic", "--best-of", 2)
+
+    wanted = (tmp_path / "critic" / "adapter_model.safetensors").read_bytes()  # of the run that nothing disturbed
+    shutil.rmtree(tmp_path / "critic")
+    process = subprocess.Popen([sys.executable, ROOT / "train_critic.py", "--env", "frontend", *map(str, args)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "critic.checkpoint.previous").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9 and not (tmp_path / "critic").exists(), "it ended before it could be killed"
+    assert "was begun with --beta 0.1, not 0.2" in refused("train_critic.py", *args, "--beta", 0.2)
+    run("train_critic.py", *args)
+    assert (tmp_path / "critic" / "adapter_model.safetensors").read_bytes() == wanted
+    again = lines(tmp_path / "critic_log.jsonl")
+    assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in log]
+    assert lines(tmp_path / "preferences.jsonl") == rows
+    assert not (tmp_path / "critic.checkpoint").exists()
 
 
 @pytest.mark.parametrize("args, words", [

@@ -1,14 +1,13 @@
 """The paper's critic of Frontend Design: a vision-language model with a regression head that sees both pages (train_critic.py calls it).
 
-A page is judged best by looking at it. The turn-level advantage is then not a log-ratio but a linear head w on the last hidden state
+A page is judged best by looking at it. The turn-level advantage is then not a log-ratio but a linear head w, b on the last hidden state
 of a vision-language model that reads the request, the picture of the page that the message shows, and the picture of the reference:
 
-    (1')  A_θ(o, a, c) = w · h_θ(request, picture of a, picture of c)
+    (1')  A_θ(o, a, c) = w · h_θ(request, picture of a, picture of c) + b
 
 It is trained with the very objective (2) of train_critic.py but for its NLL term: there are no tokens to predict. With
 --critic regression on a text model the same head reads the dialogue instead.
 """
-import json
 import random
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,14 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from colbench.dialogue import said
-from colbench.files import UserError, append_jsonl, lock_run, seed_of, write_aside
+from colbench.files import UserError, seed_of
 from colbench.frontend.browser import Renderer
 from colbench.frontend.humans import scaled
 from colbench.frontend.protocol import page_shown
 from colbench.model import keep_4bit_layout, nf4
+from colbench.show import keep_settings, keep_weights, next_step
 from colbench.tasks import load_trajectories, of_first_tasks
+from colbench.training import DIVERGED, StepLog, load_checkpoint, save_checkpoint, save_trained, value_head, write_ranking
 
 QUESTION = ("A person asked for this web page: {request}\nHow far does the first picture, the page that was made, match the second, "
             "the page wanted?")
@@ -41,22 +42,19 @@ class Critic:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
             self.processor = AutoProcessor.from_pretrained(name)
+            is_lora = folder and (folder / "adapter_config.json").exists()
             model = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, quantization_config=nf4(dtype) if load_in_4bit else None, device_map={"": device})
+                folder if folder and not is_lora else name, dtype=dtype, quantization_config=nf4(dtype) if load_in_4bit else None, device_map={"": device})
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(f"--vision-critic {name}: {reason}; the hub id or folder of a vision-language model is wanted") from None
         keep_4bit_layout(model)
-        width = model.config.get_text_config().hidden_size
-        if folder:
+        if is_lora:
             model = PeftModel.from_pretrained(model, folder)
-        elif lora_rank:
+        elif lora_rank and not folder:
             model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"))
-        self.model = model
-        self.head = torch.nn.Linear(width, 1, bias=False, device=device)
-        torch.nn.init.zeros_(self.head.weight)  # A = 0 before the first step, as with a log-ratio
-        if folder:
-            self.head.load_state_dict(torch.load(folder / "head.pt", map_location=device))
+        self.model, self.tokens = model, 0  # tokens that went through it so far
+        model.value_head = value_head(model, folder)  # A = 0 before the first step, as with a log-ratio
 
     def advantage(self, request: str, mine, wanted) -> torch.Tensor:
         pictures = [scaled(path) for path in (mine, wanted) if path]
@@ -65,15 +63,12 @@ class Critic:
         content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": QUESTION.format(request=request)}]
         prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = self.processor(images=pictures, text=prompt, return_tensors="pt").to(self.model.device, dtype=self.model.dtype)
+        self.tokens += inputs["input_ids"].numel()
         hidden = self.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1][0, -1]  # (width,)
-        return self.head(hidden.float())[0]
+        return self.model.value_head(hidden.float())[0]
 
     def parameters(self) -> list:
-        return [p for p in self.model.parameters() if p.requires_grad] + list(self.head.parameters())
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        torch.save(self.head.state_dict(), folder / "head.pt")
+        return [p for p in self.model.parameters() if p.requires_grad]
 
 
 def turns_of(trajectory: dict, shown) -> list:
@@ -97,11 +92,12 @@ def pair_step(critic: Critic, chosen: list, rejected: list, beta: float, weight:
     return -F.logsigmoid(beta * margin).item(), margin.item()
 
 
-def train_and_rank(args, make_pairs, states_to_rank) -> None:
+def train_and_rank(args, accelerator, make_pairs, states_to_rank) -> None:
     """train_critic.py with --vision-critic. Writes RUN/critic (adapter and head) and RUN/preferences.jsonl."""
-    lock = lock_run(args.run, "critic")  # noqa: F841  held until the process ends
+    if accelerator.num_processes > 1:
+        raise UserError("--vision-critic trains in one process: start it without accelerate's launcher")
     shown = partial(page_shown, language=args.page_language, rule=args.extraction)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # LoRA's A matrices start at random
     with Renderer(args.trajectories.parent / "screenshots", layout=False, tabs=args.tabs) as renderer:
         if not args.critic_folder.exists():
             trajectories = [t for t in of_first_tasks(load_trajectories(args.trajectories), args.max_trajectories) if "reward" in t]
@@ -109,12 +105,16 @@ def train_and_rank(args, make_pairs, states_to_rank) -> None:
             if not pairs:
                 raise UserError(f"{args.trajectories}: no pair to learn from (--min-gap {args.min_gap}); collect more, or lower it")
             critic = Critic(args.vision_critic, args.lora_rank, load_in_4bit=args.load_in_4bit)
-            train(args, critic, pairs, turns_by_trajectory(trajectories, pairs, renderer, shown))
-            write_aside(args.critic_folder, critic.save)
+            train(args, accelerator, critic, pairs, turns_by_trajectory(trajectories, pairs, renderer, shown))
         else:
             critic = Critic(args.vision_critic, folder=args.critic_folder, load_in_4bit=args.load_in_4bit)
+        critic.model.eval()
         states, missing = states_to_rank(args)
-        rank(args, critic, [s for s in states if (s["id"], s["sample"], s["turn"]) in missing], renderer, shown)
+        keep_settings(args.preferences, args, begun=args.preferences.exists())
+        keep_weights(args.preferences, [args.critic_folder])
+        write_ranking(accelerator, args.preferences, states, missing, partial(score, critic, renderer, shown))
+    print(f"{args.preferences}: {len(missing)} states ranked")
+    print(next_step("train_policy.py", args))
 
 
 def turns_by_trajectory(trajectories, pairs, renderer, shown) -> dict:
@@ -127,37 +127,51 @@ def turns_by_trajectory(trajectories, pairs, renderer, shown) -> dict:
     return result
 
 
-def train(args, critic: Critic, pairs: list, turns: dict) -> None:
-    critic.model.train()
+def train(args, accelerator, critic: Critic, pairs: list, turns: dict) -> None:
+    """The loop of train_critic.py, for one process, on pictures. Writes RUN/critic."""
     optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    steps = args.epochs * -(-len(pairs) // args.batch_size)
+    steps_per_epoch = -(-len(pairs) // args.batch_size)
+    steps = args.epochs * steps_per_epoch
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    log = open(Path(args.run) / "critic_log.jsonl", "w", encoding="utf-8")
-    step = 0
-    for epoch in range(args.epochs):
+    names = {index: [(request, mine and Path(mine).name, Path(wanted).name) for request, mine, wanted in of] for index, of in turns.items()}
+    data = seed_of(pairs, names)  # a checkpoint goes on with the pairs and pictures that it was begun with
+    first = load_checkpoint(accelerator, args.critic_folder, critic.model, optimizer, schedule, args, data)
+    log = StepLog(accelerator, args.critic_folder.with_name(args.critic_folder.name + "_log.jsonl"), first)
+    keep_settings(args.critic_folder, args, begun=bool(first))
+    accelerator.init_trackers("critic", config={name: str(value) for name, value in vars(args).items()})
+    critic.model.train()
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="critic", unit="step")
+    for step in bar:
+        torch.manual_seed(seed_of(args.seed, "critic", step))  # for models with dropout
+        epoch, place = divmod(step, steps_per_epoch)
         order = random.Random(seed_of(args.seed, "critic", epoch)).sample(pairs, len(pairs))
-        for start in tqdm(range(0, len(order), args.batch_size), desc=f"critic, epoch {epoch + 1}", unit="step"):
-            batch = order[start:start + args.batch_size]
-            rows = [pair_step(critic, turns[a], turns[b], args.beta, 1 / len(batch)) for a, b in batch]
-            gradient_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+        batch = order[place * args.batch_size:(place + 1) * args.batch_size]
+        for a, b in batch:
+            before = critic.tokens
+            loss, margin = pair_step(critic, turns[a], turns[b], args.beta, 1 / len(batch))
+            log.add((critic.tokens - before) // 2, loss=loss, margin=margin, **{"rewards/accuracies": margin > 0})
+        gradient_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+        row = log.write(step, gradient_norm=float(gradient_norm), learning_rate=schedule.get_last_lr()[0])
+        if log.sound:  # no NaN or infinity in loss or gradient; else the step is left out and counted
             optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses, margins = zip(*rows)
-            append_jsonl(log, {"step": step, "loss": sum(losses) / len(rows), "margin": sum(margins) / len(rows),
-                               "rewards/accuracies": sum(m > 0 for m in margins) / len(rows), "gradient_norm": float(gradient_norm)})
-            step += 1
-    log.close()
-    critic.model.eval()
+        schedule.step()
+        optimizer.zero_grad()
+        if log.unsound_in_a_row == 5:
+            save_checkpoint(accelerator, args.critic_folder, critic.model, optimizer, schedule, step + 1, data)
+            raise UserError(f"step {step}: {DIVERGED}")
+        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], margin=row["margin"], skipped=row["skipped"])
+        if (step + 1) % args.save_every == 0:
+            save_checkpoint(accelerator, args.critic_folder, critic.model, optimizer, schedule, step + 1, data)
+    save_trained(accelerator, args.critic_folder, critic.model, critic.processor, vars(args))
 
 
 @torch.no_grad()
-def rank(args, critic: Critic, states: list, renderer, shown) -> None:
-    """Advantage (1') of every candidate of every state: the page that the dialogue would show after it."""
-    for state in tqdm(states, desc="ranking", unit="state"):
+def score(critic: Critic, renderer, shown, states: list[dict]) -> list[list[float]]:
+    """Advantage (1') of every candidate of every state: of the page that the dialogue would show after it."""
+    advantages = []
+    for state in states:
         history = state["messages"][1:]
         pages = [shown([*history, {"role": "assistant", "content": said(text)[0]}]) for text in state["candidates"]]
-        wanted, *mine = renderer.render([state.pop("task")["ground_truth"], *pages])
-        state["advantages"] = [critic.advantage(history[0]["content"], picture.path, wanted.path).item() for picture in mine]
-        append_jsonl(args.preferences, state)
-    print(json.dumps({"states ranked": len(states), "file": str(args.preferences)}))
+        wanted, *mine = renderer.render([state["task"]["ground_truth"], *pages])
+        advantages.append([critic.advantage(history[0]["content"], picture.path, wanted.path).item() for picture in mine])
+    return advantages
