@@ -11,6 +11,7 @@ No learning lives here; the losses stand in the scripts. Three conventions hold 
 import contextlib
 import ctypes
 import hashlib
+import os
 import re
 import sys
 from functools import lru_cache
@@ -28,7 +29,8 @@ EMBEDDED = {"tiny": Path(__file__).parent / "tiny", "tiny-frontend": Path(__file
 LOGITS_AT_ONCE = 2**26  # message_logps holds at most so many logits, 256 MB in float32: 523 positions of a 128k vocabulary
 torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
 libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-if hasattr(libc, "mallopt"):  # glibc: keep freed memory; fetching it anew costs more than most tensor operations
+# glibc: keep freed memory, unless the user chose; fetching it anew costs more than most tensor operations
+if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
     libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older versions allow no more than 32 MB
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 

@@ -3,6 +3,9 @@
 import copy
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +241,12 @@ def test_logits_of_a_large_vocabulary_never_stand_in_memory_at_once(monkeypatch)
     with Largest() as seen:
         sum(logps.sum() for logps in message_logps(model, [tree])[0]).backward()
     assert seen.size <= 5000 * 32  # the head's own weights; all logits would be 5000 x 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stage", ["critic", "policy"])
+def test_measured_memory_is_that_of_the_arithmetic(stage):
+    """The README's table of memory is computed: one real step's peak is within a quarter of what the same arithmetic says."""
+    script = Path(__file__).parent / "bench" / "memory.py"
+    done = subprocess.run([sys.executable, script, "--stage", stage, "--tokens", "2048"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr[-500:]
