@@ -95,9 +95,17 @@ def weights_hash(model) -> str:
     return digest.hexdigest()
 
 
-def value_head(model, folder: str | None = None) -> torch.nn.Linear:
+class ValueHead(torch.nn.Linear):
+    """Stays in float32 under autocast: in bfloat16 candidates closer than a part in 256 would tie."""
+
+    def forward(self, mean: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(mean.device.type, enabled=False):
+            return super().forward(mean.float())
+
+
+def value_head(model, folder: str | None = None) -> ValueHead:
     """The linear head of the critics `regression` and `value` on a message's mean last hidden state; starts at 0."""
-    head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
+    head = ValueHead(model.config.get_text_config().hidden_size, 1, device=model.device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     if folder:

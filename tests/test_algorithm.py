@@ -15,6 +15,7 @@ from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemm
 import colbench.model
 from colbench.model import add_lora, encode_dialogue, load_tokenizer, message_logps, pack
 from colbench.sampling import LocalChat
+from colbench.training import value_head
 from train_critic import advantage, critic_loss, make_pairs, with_hidden_info
 from train_policy import draw_pairs, policy_loss
 
@@ -250,3 +251,13 @@ def test_measured_memory_is_that_of_the_arithmetic(stage):
     script = Path(__file__).parent / "bench" / "memory.py"
     done = subprocess.run([sys.executable, script, "--stage", stage, "--tokens", "2048"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-500:]
+
+
+def test_the_heads_number_keeps_float32_under_autocast():
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    torch.manual_seed(0)
+    head, mean = value_head(model), torch.randn(SHAPE["hidden_size"])
+    torch.nn.init.normal_(head.weight)
+    wanted = (head.weight[0].double() @ mean.double()).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(mean)[0].item() == pytest.approx(wanted, abs=1e-5)
