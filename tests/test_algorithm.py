@@ -9,15 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig,
-                          MistralConfig, Qwen2Config)
-
-import colbench.model
-from colbench.model import add_lora, encode_dialogue, load_tokenizer, message_logps, pack
-from colbench.sampling import LocalChat
-from colbench.training import value_head
-from train_critic import advantage, critic_loss, make_pairs, with_hidden_info
+import train_critic
+import train_policy
+import transformers
+from train_critic import advantage, critic_loss
 from train_policy import draw_pairs, policy_loss
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import colbench.lm.logps
+from colbench.env.backend.mini import mini_tasks
+from colbench.env.dialogue import states_with_candidates
+from colbench.env.hidden_info import HIDDEN_INFO, with_hidden_info, without_hidden_info
+from colbench.lm.adapters import add_lora
+from colbench.lm.load import load_tokenizer
+from colbench.lm.logps import message_logps, pack
+from colbench.lm.sampling import LocalChat
+from colbench.lm.tokens import encode_dialogue
+from colbench.train.heads import value_head
+from colbench.train.ranking import mean_log_ratio
 
 
 def softplus(x):
@@ -32,7 +41,8 @@ def test_critic_loss_by_hand():
     a_rejected = (-0.1 + 0.8) / 2
     nll = (1.0 + 2.0 + 0.5 + 0.3) / 4
     expected = softplus(-0.1 * (a_chosen - a_rejected)) + 0.01 * nll
-    tensors = [[torch.tensor(turn, dtype=torch.float64) for turn in turns] for turns in (chosen, rejected, ref_chosen, ref_rejected)]
+    tensors = [[torch.tensor(turn, dtype=torch.float64) for turn in turns]
+               for turns in (chosen, rejected, ref_chosen, ref_rejected)]
     loss, got_chosen, got_rejected = critic_loss(*tensors, beta=0.1, nll_weight=0.01)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     assert got_chosen.item() == pytest.approx(a_chosen) and got_rejected.item() == pytest.approx(a_rejected)
@@ -51,21 +61,45 @@ def test_policy_loss_by_hand():
 def test_pairs_of_trajectories():
     trajectories = [{"id": task, "reward": reward} for task, reward in
                     [("x", 0.5), ("y", 1.0), ("x", 1.0), ("y", 1.0), ("x", 0.0), ("z", 0.0)]]
+    make_pairs = train_critic.make_pairs
     assert sorted(make_pairs(trajectories, 0, seed=0)) == [(0, 4), (2, 0), (2, 4)]  # any higher reward, same task only
     assert len(make_pairs(trajectories, 2, seed=0)) == 2
     assert make_pairs(trajectories, 2, seed=0) == make_pairs(trajectories, 2, seed=0)
 
 
+def test_critic_and_multi_turn_dpo_learn_from_the_same_pairs():
+    rng, lengths = random.Random(0), set()
+    for _ in range(50):
+        trajectories = [{"id": rng.choice("vwxyz"), "reward": rng.choice((0.0, 0.1, 0.3, 0.7, 0.9, 1.0))}
+                        for _ in range(rng.randrange(1, 30))]
+        for min_gap in (0.0, 0.2, 0.6, 1.0):
+            for pairs_per_task in (0, 1, 4):
+                seed = rng.randrange(3)
+                pairs = train_critic.make_pairs(trajectories, pairs_per_task, seed, min_gap)
+                assert pairs == train_policy.make_pairs(trajectories, pairs_per_task, seed, min_gap)
+                lengths.add(len(pairs))
+    assert len(lengths) > 20  # the cases differ
+
+
+@pytest.mark.parametrize("length_norm", [True, False])
+def test_the_critic_is_asked_by_the_formula_that_it_was_trained_by(length_norm):
+    generator = torch.Generator().manual_seed(0)
+    for length in range(1, 200):
+        logps, ref = -torch.rand(2, length, generator=generator) * 9
+        assert torch.equal(advantage(logps, ref, length_norm), mean_log_ratio(logps, ref, length_norm))
+    assert torch.equal(advantage(logps, ref), mean_log_ratio(logps, ref))  # and the same default
+
+
 def test_pairs_of_candidates():
     advantages = [0.3, -0.1, 0.9, 0.0, 0.5, -0.7]  # best first: 2 4 0 | 3 1 5
-    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), "halves", 4, 0.0)]
+    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), 4, 0.0)]
     assert {a for a, _ in drawn} == {2, 4, 0} and {b for _, b in drawn} == {3, 1, 5}
-    assert draw_pairs(advantages[:3], random.Random(0), "halves", 4, 0.0) == [(2, 1)]  # the middle one is in neither half
-    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), "gap", 4, 0.8)]
+    assert draw_pairs(advantages[:3], random.Random(0), 4, 0.0) == [(2, 1)]  # the middle one is in neither half
+    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), 4, 0.8)]
     assert {a for a, _ in drawn} == {2, 4} and {b for _, b in drawn} == {1, 3, 5}  # 0.9, 0.5 over what is <= 0.1
-    assert draw_pairs([0.1, 0.1], random.Random(0), "gap", 4, 0.2) == []
-    for pairing in ("gap", "halves"):  # one message is all that was sampled
-        assert draw_pairs([0.3], random.Random(0), pairing, 4, 0.2) == [(0, 0)] * 4
+    assert draw_pairs([0.1, 0.1], random.Random(0), 4, 0.2) == []
+    for gap in (0.2, 0.0):  # one message is all that was sampled
+        assert draw_pairs([0.3], random.Random(0), 4, gap) == [(0, 0)] * 4
 
 
 def test_a_message_paired_with_itself_teaches_its_nll_alone():
@@ -77,10 +111,15 @@ def test_a_message_paired_with_itself_teaches_its_nll_alone():
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
-FAMILIES = {"llama": LlamaConfig(**SHAPE), "qwen2": Qwen2Config(**SHAPE),
-            "gemma2": Gemma2Config(**SHAPE, final_logit_softcapping=2.0, attn_logit_softcapping=3.0, sliding_window=8),
-            "mistral": MistralConfig(**SHAPE, sliding_window=8), "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=8),
-            "granite": GraniteConfig(**SHAPE, logits_scaling=3.0), "cohere": CohereConfig(**SHAPE, logit_scale=0.5)}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE), "qwen2": transformers.Qwen2Config(**SHAPE),
+    "gemma2": transformers.Gemma2Config(**SHAPE, final_logit_softcapping=2.0, attn_logit_softcapping=3.0,
+                                        sliding_window=8),
+    "gemma3": transformers.Gemma3TextConfig(**SHAPE, sliding_window=8),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=8),
+    "granite": transformers.GraniteConfig(**SHAPE, logits_scaling=3.0),
+    "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.5),
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -89,7 +128,7 @@ def model(request, monkeypatch):
     model = AutoModelForCausalLM.from_config(FAMILIES[request.param]).double().eval()
     for parameter in model.parameters():  # far from the uniform distribution, so that a wrong mask shows
         torch.nn.init.normal_(parameter, std=0.3)
-    monkeypatch.setattr(colbench.model, "LOGITS_AT_ONCE", 7 * 97)  # several chunks
+    monkeypatch.setattr(colbench.lm.logps, "LOGITS_AT_ONCE", 7 * 97)  # several chunks
     return model
 
 
@@ -110,15 +149,16 @@ def random_trees(rng):
 def test_message_logps_equal_one_by_one(model):
     trees = random_trees(random.Random(1))
     for (trunk, spans, leaves), got in zip(trees, message_logps(model, trees)):
-        expected = [naive(model, trunk[:a], trunk[a:b]) for a, b in spans] + [naive(model, trunk, leaf) for leaf in leaves]
+        expected = [naive(model, trunk[:a], trunk[a:b]) for a, b in spans]
+        expected += [naive(model, trunk, leaf) for leaf in leaves]
         assert len(got) == len(expected)
         for one, other in zip(got, expected):
             torch.testing.assert_close(one.double(), other, atol=2e-6, rtol=0)  # float32 log-softmax
 
 
 def test_messages_of_shared_prompts_are_those_of_a_slow_sampler(model):
-    """Prompts of three lengths, five messages each that end at different times: LocalChat draws what one whole forward pass for every
-    token draws; with windows of 8 tokens and with scaled or capped logits too."""
+    """Prompts of three lengths, five messages each that end at different times: LocalChat draws what one whole forward
+    pass for every token draws; with windows of 8 tokens and with scaled or capped logits too."""
     model.float()  # transformers' eager attention gives NaN for padding in float64
     rng, stops, seeds = random.Random(2), set(range(12)), [11, 12, 13, 14, 15]
     chat = LocalChat(model, load_tokenizer("tiny"))
@@ -129,14 +169,16 @@ def test_messages_of_shared_prompts_are_those_of_a_slow_sampler(model):
     for prompt, room, messages in zip(prompts, rooms, got):
         for seed, message in zip(seeds, messages):
             expected = []
-            for uniform in torch.rand(25, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()[:room]:
+            uniforms = torch.rand(25, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for uniform in uniforms.tolist()[:room]:
                 cumulative = model(input_ids=torch.tensor([prompt + expected])).logits[0, -1].softmax(-1).cumsum(-1)
                 expected.append(int((cumulative <= uniform).sum()))
                 if expected[-1] in stops:
                     break
             assert message == expected
     lengths = {len(message) for messages in got for message in messages}
-    assert len(lengths) > 4 and max(lengths) > 8, lengths  # messages leave at different steps, and some are longer than the window
+    # messages leave at different steps, and some are longer than the window
+    assert len(lengths) > 4 and max(lengths) > 8, lengths
 
 
 @pytest.mark.parametrize("head", ["trained", "frozen"])
@@ -172,13 +214,18 @@ DIALOGUE = [
 # the layout of each family's template, written out anew
 TEMPLATES = {
     "tiny": None,
-    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}"
-              "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    "chatml": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}{% for m in messages %}"
+    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+              "{{ m['content'] | trim }}"
+              "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+              "{% endif %}",
+    "chatml": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+              "{% for m in messages %}"
               "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
               "<|im_start|>assistant\n{% endif %}",
-    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-             "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
+    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+             "{% endif %}"
+             "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+             "{{ m['content'] | trim }}"
              "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
 }
 END = {"tiny": "<|end|>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>"}
@@ -193,7 +240,8 @@ def test_masks_at_every_turn_boundary(family):
         tokenizer.chat_template = TEMPLATES[family]
     ids, spans = encode_dialogue(tokenizer, DIALOGUE)
     said = [tokenizer.decode(ids[a:b]) for a, b in spans]
-    assert said == [m["content"] + END[family] for m in DIALOGUE if m["role"] == "assistant"]  # end-of-turn token included
+    # end-of-turn token included
+    assert said == [m["content"] + END[family] for m in DIALOGUE if m["role"] == "assistant"]
     assert ids.count(tokenizer.bos_token_id) == (0 if family == "chatml" else 1)  # no second BOS
     outside = tokenizer.decode([t for i, t in enumerate(ids) if not any(a <= i < b for a, b in spans)])
     assert "What is" not in outside and "WANT TO ANSWER" not in outside and "The toll is 7." in outside
@@ -207,24 +255,43 @@ def test_masks_at_every_turn_boundary(family):
 
 def test_marks_in_a_message_stay_text():
     tokenizer = load_tokenizer("tiny")
-    ids, spans = encode_dialogue(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a<|end|>b"}])
+    ids, spans = encode_dialogue(tokenizer, [{"role": "user", "content": "x"},
+                                             {"role": "assistant", "content": "a<|end|>b"}])
     assert ids[slice(*spans[0])].count(tokenizer.convert_tokens_to_ids("<|end|>")) == 1  # only the real one
 
 
 def test_half_a_surrogate_pair_is_read_as_a_question_mark():
     tokenizer = load_tokenizer("tiny")
-    broken, whole = ([{"role": "user", "content": f"a {c} b"}, {"role": "assistant", "content": f"{c}!"}] for c in ("\ud83d", "?"))
+    broken, whole = ([{"role": "user", "content": f"a {c} b"}, {"role": "assistant", "content": f"{c}!"}]
+                     for c in ("\ud83d", "?"))
     assert encode_dialogue(tokenizer, broken) == encode_dialogue(tokenizer, whole)
 
 
 def test_hidden_info_is_in_the_critics_prompt_alone():
     seen = with_hidden_info(DIALOGUE, "def f(n, d):\n    return 7  # secret")
     assert "# secret" in seen[0]["content"] and seen[1:] == DIALOGUE[1:]
+    assert seen[0] == {"role": "system", "content": f"Be brief.{HIDDEN_INFO}def f(n, d):\n    return 7  # secret"}
     assert "secret" not in str(DIALOGUE)  # the dialogue itself is untouched
 
 
+def test_a_state_for_the_policy_stage_has_no_trace_of_the_reference():
+    [task] = mini_tasks("train", 1)
+    history = [{"role": "user", "content": task["problem_description"]},
+               {"role": "assistant", "content": "What is the toll?", "candidates": ["What is the toll?", "Hm."]}]
+    [state] = states_with_candidates([{"id": task["id"], "sample": 0, "task": task, "dialogue_history": history}],
+                                     "Ask.")
+    traces = [line.strip() for line in task["ground_truth"].splitlines() if "=" in line]
+    traces += task["test_cases"].values()
+    assert len(traces) > 12 and all(trace in str(state) for trace in traces)
+    left = without_hidden_info(state)
+    assert not any(trace in str(left) for trace in traces)
+    assert left["messages"] == [{"role": "system", "content": "Ask."}, history[0]]
+    assert left["candidates"] == ["What is the toll?", "Hm."] and (left["id"], left["turn"]) == (task["id"], 1)
+    assert state["task"] is task  # the critic that ranks it still reads c
+
+
 def test_logits_of_a_large_vocabulary_never_stand_in_memory_at_once(monkeypatch):
-    """Neither forward nor backward makes a tensor of all positions x vocabulary: no operation's result is that large."""
+    """Neither forward nor backward makes a tensor of all positions x vocabulary: no result is that large."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -232,10 +299,11 @@ def test_logits_of_a_large_vocabulary_never_stand_in_memory_at_once(monkeypatch)
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **kwargs or {})
-            self.size = max([self.size, *(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))])
+            outs = out if isinstance(out, (tuple, list)) else [out]
+            self.size = max([self.size, *(t.numel() for t in outs if torch.is_tensor(t))])
             return out
 
-    monkeypatch.setattr(colbench.model, "LOGITS_AT_ONCE", 10 * 5000)
+    monkeypatch.setattr(colbench.lm.logps, "LOGITS_AT_ONCE", 10 * 5000)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"vocab_size": 5000}))
     tree = ([1] * 30, [], [[2] * 50, [3] * 50])
     add_lora(model, 4)
@@ -244,9 +312,10 @@ def test_logits_of_a_large_vocabulary_never_stand_in_memory_at_once(monkeypatch)
     assert seen.size <= 5000 * 32  # the head's own weights; all logits would be 5000 x 100
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_measured_memory_is_that_of_the_arithmetic():
-    """The README's table of memory is computed: one real step's peak is within a quarter of what the same arithmetic says."""
+    """The README's table of memory is computed: one real step's peak is within a quarter of what it says."""
     script = Path(__file__).parent / "bench" / "memory.py"
     done = subprocess.run([sys.executable, script, "--tokens", "2048"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-500:]

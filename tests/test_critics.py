@@ -6,25 +6,33 @@ import random
 import sys
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 import collect
 import evaluate
+import pytest
+import torch
 import train_critic
 import train_policy
-from colbench.compare import compare, paired
-from colbench.dialogue import MARKER, play, prompt_messages, states_with_candidates
-from colbench.files import UserError, append_jsonl
-from colbench.humans import ScriptedHuman
-from colbench.judges import JUDGE_PROMPT, judge_scores, rollout_scores
-from colbench.mini import mini_tasks
-from colbench.model import add_lora, adapters_off, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids, message_logps
-from colbench.sampling import LocalChat
-from colbench.scorer import Scorer, share
-from colbench.tasks import of_first_tasks
-from colbench.training import value_head
-from train_critic import advantage, critic_loss, make_pairs, score_candidates, trajectory_score, with_hidden_info
+from train_critic import advantage, critic_loss, make_pairs, trajectory_score
+
+from colbench.env.backend.environment import Backend
+from colbench.env.backend.human import ScriptedHuman
+from colbench.env.backend.mini import mini_tasks
+from colbench.env.backend.score import Scorer, share
+from colbench.env.data import of_first_tasks
+from colbench.env.dialogue import MARKER, play, prompt_messages, states_with_candidates
+from colbench.env.hidden_info import with_hidden_info
+from colbench.env.metrics import paired
+from colbench.lm.adapters import adapters_off, add_lora
+from colbench.lm.load import load_model, load_tokenizer
+from colbench.lm.logps import message_logps
+from colbench.lm.sampling import LocalChat
+from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
+from colbench.look.comparison import compare_runs
+from colbench.run.errors import UserError
+from colbench.run.files import append_jsonl
+from colbench.train.heads import value_head
+from colbench.train.judges import JUDGE_PROMPT, ROLLOUTS, judge_scores, rollout_scores
+from colbench.train.ranking import score_candidates
 
 SYSTEM = "Ask about one missing detail at a time, then answer."
 
@@ -56,16 +64,17 @@ def task():
 def states(task):
     def state(turn, history, candidates):
         return {"id": task["id"], "sample": 0, "turn": turn, "max_turns": 10, "task": task, "candidates": candidates,
-                "messages": prompt_messages(SYSTEM, [{"role": "user", "content": task["problem_description"]}, *history])}
+                "messages": prompt_messages(SYSTEM, [request, *history])}
+    request = {"role": "user", "content": task["problem_description"]}
     asked = [{"role": "assistant", "content": "What is the rebate?"}, {"role": "user", "content": "The rebate is 3."}]
     return [state(1, [], ["What is the escort?", "Tell me the rebate.", "How much is the storage?"]),
             state(2, asked, ["What is the insurance?", f"{MARKER} def price(n, d): return n"])]
 
 
 def settings(**changes):
-    return SimpleNamespace(**dict(critic="logprob", no_hidden_info=False, no_length_norm=False, official=False, tokens_per_step=150,
-                                  max_tokens=1024, rollouts=3, human="scripted", max_new_tokens=96, batch_tokens=65536,
-                                  allow_weak_sandbox=False, seed=0) | changes)
+    return SimpleNamespace(**dict(critic="logprob", no_hidden_info=False, no_length_norm=False, official=False,
+                                  tokens_per_step=150, max_tokens=1024, human="scripted", max_new_tokens=96,
+                                  batch_tokens=65536, allow_weak_sandbox=False, seed=0) | changes)
 
 
 def naive_logps(model, tokenizer, messages, text):
@@ -84,10 +93,12 @@ def naive_score(args, model, tokenizer, state, text):
         ids, _ = encode_dialogue(tokenizer, prompt)
         message = message_ids(tokenizer, text, end_of_turn(tokenizer))
         with torch.no_grad():
-            last = model(input_ids=torch.tensor([ids + message]), output_hidden_states=True).hidden_states[-1][0, -len(message):]
+            output = model(input_ids=torch.tensor([ids + message]), output_hidden_states=True)
+            last = output.hidden_states[-1][0, -len(message):]
             return (last.mean(0) @ model.value_head.weight[0] + model.value_head.bias[0]).item()
     with adapters_off(model):
-        ref = naive_logps(model, tokenizer, state["messages"] if args.official or args.critic == "untrained" else prompt, text)
+        without_c = args.official or args.critic == "untrained"
+        ref = naive_logps(model, tokenizer, state["messages"] if without_c else prompt, text)
         untrained = naive_logps(model, tokenizer, with_c, text)
     ratios = (untrained if args.critic == "untrained" else naive_logps(model, tokenizer, prompt, text)) - ref
     return (ratios.sum() if args.no_length_norm else ratios.mean()).item()
@@ -101,7 +112,8 @@ def reference_logps_of(model):
 
 
 @pytest.mark.parametrize("changes", [{}, {"no_hidden_info": True}, {"no_length_norm": True}, {"official": True},
-                                     {"critic": "untrained"}, {"critic": "regression"}, {"critic": "value", "no_hidden_info": True}])
+                                     {"critic": "untrained"}, {"critic": "regression"},
+                                     {"critic": "value", "no_hidden_info": True}])
 def test_scores_of_candidates(critic, tokenizer, states, changes):
     args = settings(**changes)
     scores = score_candidates(args, states, tokenizer, critic, reference_logps_of(critic))
@@ -113,7 +125,8 @@ def test_scores_of_candidates(critic, tokenizer, states, changes):
 
 
 def test_states_that_are_too_long_have_no_scores(critic, tokenizer, states):
-    length = len(encode_dialogue(tokenizer, with_hidden_info(states[0]["messages"], states[0]["task"]["ground_truth"]))[0])
+    with_c = with_hidden_info(states[0]["messages"], states[0]["task"]["ground_truth"])
+    length = len(encode_dialogue(tokenizer, with_c)[0])
     scores = score_candidates(settings(max_tokens=length + 12), states, tokenizer, critic, reference_logps_of(critic))
     assert len(scores[0]) == 3 and scores[1] == []
 
@@ -134,21 +147,24 @@ def test_judge_compares_in_both_orders(critic, tokenizer, states):
 
 
 def test_rollouts_average_real_rewards(critic, tokenizer, states, task):
-    """Answers get their own score; a question the mean reward of the dialogues played on from it, here played on one by one."""
-    state = states[1] | {"candidates": [f"{MARKER} {task['ground_truth']}", f"{MARKER} def price(n, d): return None", "What is the escort?"]}
-    [[right, wrong, question]] = rollout_scores(settings(), [state], tokenizer, critic)
+    """Answers get their own score; a question the mean reward of the dialogues played on from it, here one by one."""
+    state = states[1] | {"candidates": [f"{MARKER} {task['ground_truth']}", f"{MARKER} def price(n, d): return None",
+                                        "What is the escort?"]}
+    with Backend(settings()) as environment:
+        [[right, wrong, question]] = rollout_scores(settings(), environment, [state], tokenizer, critic)
     assert (right, wrong) == (1.0, 0.0)
     human, rewards = ScriptedHuman(), []
-    for m in range(3):
+    for m in range(ROLLOUTS):
         start = [*state["messages"][1:], {"role": "assistant", "content": "What is the escort?"}]
         start.append({"role": "user", "content": human.reply([task], [start], [0])[0]})
         agent = LocalChat(critic, tokenizer, adapters=False)
         name = f"{task['id']} 0 2 2 {m}"
-        [[episode]] = list(play(agent, human, [(task | {"start": start}, name)], agent_prompt=SYSTEM, max_new_tokens=96, n_candidates=1))
+        [[episode]] = list(play(agent, human, [(task | {"start": start}, name)], agent_prompt=SYSTEM, max_new_tokens=96,
+                                n_candidates=1))
         assert [x["content"] for x in episode["dialogue_history"][:len(start)]] == [x["content"] for x in start]
         with Scorer() as scorer:
             rewards += [share(result, "fixed") for result in scorer.score_many([(task, episode["answer"])])]
-    assert question == pytest.approx(sum(rewards) / 3)
+    assert question == pytest.approx(sum(rewards) / ROLLOUTS)
 
 
 def test_scores_of_a_trajectory_by_hand():
@@ -157,7 +173,7 @@ def test_scores_of_a_trajectory_by_hand():
     assert trajectory_score(logps, ref, "sum").item() == 0.5 + 1.5 + 4.0
     assert trajectory_score(logps, ref, "trajectory-mean").item() == pytest.approx(6.0 / 3)
     assert advantage(logps[0], ref[0], length_norm=False).item() == 2.0
-    loss, a, b = critic_loss(logps, ref, ref, ref, beta=0.1, nll_weight=0.0, aggregate="sum")
+    loss, a, b = critic_loss(logps, ref, ref, ref, beta=0.1, nll_weight=0.0, score="sum")
     assert (a.item(), b.item()) == (6.0, 0.0) and loss.item() == pytest.approx(math.log1p(math.exp(-0.6)))
 
 
@@ -170,7 +186,8 @@ def test_pairs_of_the_released_code_and_by_a_gap():
 
 def test_first_tasks_come_whole():
     trajectories = [{"id": task, "sample": sample} for sample in range(3) for task in "abc"]
-    assert [t["id"] for t in of_first_tasks(trajectories, 5)] == list("aaabb") and of_first_tasks(trajectories, 0) == trajectories
+    assert [t["id"] for t in of_first_tasks(trajectories, 5)] == list("aaabb")
+    assert of_first_tasks(trajectories, 0) == trajectories
 
 
 # ---- baselines of train_policy.py -----------------------------------------------------------------------------------
@@ -179,26 +196,29 @@ def test_first_tasks_come_whole():
 @pytest.fixture(scope="module")
 def trajectories(task, tmp_path_factory):
     path = tmp_path_factory.mktemp("baseline") / "trajectories.jsonl"
-    for sample, (reward, words) in enumerate([(1.0, ["What is the rebate?", f"{MARKER} right"]), (0.3, [f"{MARKER} wrong"])]):
+    for sample, (reward, words) in enumerate([(1.0, ["What is the rebate?", f"{MARKER} right"]),
+                                              (0.3, [f"{MARKER} wrong"])]):
         history = [{"role": "user", "content": task["problem_description"]}]
         for word in words:
             history += [{"role": "assistant", "content": word}, {"role": "user", "content": "The rebate is 3."}]
-        append_jsonl(path, {"id": task["id"], "sample": sample, "task": task, "system": SYSTEM, "dialogue_history": history[:-1],
-                            "answer": "x", "reward": reward, "outcome": "answered"})
+        append_jsonl(path, {"id": task["id"], "sample": sample, "task": task, "system": SYSTEM,
+                            "dialogue_history": history[:-1], "answer": "x", "reward": reward, "outcome": "answered"})
     return path
 
 
 def units_of(algorithm, path, tokenizer, **changes):
-    args = SimpleNamespace(**dict(algorithm=algorithm, trajectories=path, max_trajectories=0, pairs_per_task=0, min_gap=0.0, seed=0, max_tokens=1024) | changes)
-    return train_policy.load_baseline(args, tokenizer)
+    args = SimpleNamespace(**dict(algorithm=algorithm, trajectories=path, max_trajectories=0, pairs_per_task=0,
+                                  min_gap=0.0, seed=0, max_tokens=1024) | changes)
+    return train_policy.load_baseline(args, Backend, tokenizer)
 
 
 def test_why_there_is_no_pair(tmp_path, tokenizer):
-    append_jsonl(tmp_path / "last.jsonl", {"id": "a", "sample": 0, "turn": 1, "last_turn": True, "messages": [], "candidates": ["x", "y"],
-                                           "advantages": [0.0, 1.0]})
-    settings = SimpleNamespace(preferences=tmp_path / "last.jsonl", skip_last_turn=True, gap=0.2, pairing="gap", max_tokens=100)
-    with pytest.raises(UserError, match="0 states with candidates.*1 of the last turn are left out .--no-skip-last-turn"):
-        train_policy.load_states(settings, tokenizer)
+    append_jsonl(tmp_path / "last.jsonl", {"id": "a", "sample": 0, "turn": 1, "last_turn": True, "messages": [],
+                                           "candidates": ["x", "y"], "advantages": [0.0, 1.0]})
+    settings = SimpleNamespace(preferences=tmp_path / "last.jsonl", skip_last_turn=True, gap=0.2, max_tokens=100)
+    with pytest.raises(UserError,
+                       match="0 states with candidates.*1 of the last turn are left out .--no-skip-last-turn"):
+        train_policy.load_states(settings, Backend, tokenizer)
 
 
 def test_baselines_train_on_agent_tokens_alone(trajectories, tokenizer):
@@ -238,12 +258,6 @@ def test_multi_turn_dpo_by_hand(trajectories, tokenizer, critic):
     assert loss.item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_official_nll_is_over_the_prompt_too():
-    chosen, rejected, prompt = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0]), torch.tensor([-6.0])
-    loss, *_ = train_policy.policy_loss(chosen, rejected, chosen, rejected, 0.1, 1.0, torch.cat([prompt, chosen]))
-    assert loss.item() == pytest.approx(math.log(2) + 3.0)
-
-
 # ---- evaluate.py ----------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +272,8 @@ def test_best_of_n_plays_the_chosen_message(critic, tokenizer, task):
     agent, tasks = LocalChat(critic, tokenizer, adapters=False), mini_tasks("train", 6)
     arguments = dict(agent_prompt=SYSTEM, max_turns=3, max_new_tokens=32, n_candidates=4, candidate_share=1.0)
     plain = {e["id"]: e for some in play(agent, ScriptedHuman(), [(t, 0) for t in tasks], **arguments) for e in some}
-    chosen = {e["id"]: e for some in play(agent, ScriptedHuman(), [(t, 0) for t in tasks], choose=last, **arguments) for e in some}
+    chosen = {e["id"]: e for some in play(agent, ScriptedHuman(), [(t, 0) for t in tasks], choose=last, **arguments)
+              for e in some}
     for name, episode in chosen.items():
         first, other = episode["dialogue_history"][1], plain[name]["dialogue_history"][1]
         assert first["candidates"][0] == first["output"] == other["candidates"][-1]
@@ -286,38 +301,52 @@ def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
     for run, passed in calls.items():
         (tmp_path / run).mkdir()
         for k, right in enumerate(passed):
-            append_jsonl(tmp_path / run / "episodes.jsonl", {"policy": "p", "id": str(k), "sample": 0, "outcome": "answered",
-                                                              "scores": result_of(right)})
-    compare([str(tmp_path / "a"), str(tmp_path / "b")])
+            line = {"policy": "p", "id": str(k), "sample": 0, "outcome": "answered", "scores": result_of(right)}
+            append_jsonl(tmp_path / run / "episodes.jsonl", line)
+    compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     text = capsys.readouterr().out
     assert "3 episodes on 3 tasks" in text and "33.3% -  66.7% =  -33.3%" in text and "wins 0, ties 2, losses 1" in text
     with pytest.raises(UserError, match="two policies"):
-        compare([str(tmp_path / "a")])
+        compare_runs([str(tmp_path / "a")])
     for run, values in {"c": [0.5, 0.2, 0.9], "d": [0.5, 0.6, 0.8]}.items():  # Frontend Design
         (tmp_path / run).mkdir()
+        (tmp_path / run / "episodes_args.json").write_text('{"env": "frontend"}')
         for k, value in enumerate(values):
-            append_jsonl(tmp_path / run / "episodes.jsonl", {"policy": "p", "id": str(k), "sample": 0, "outcome": "answered",
-                                                              "scores": {"similarity": value}})
-    compare([str(tmp_path / "c"), str(tmp_path / "d")])
+            line = {"policy": "p", "id": str(k), "sample": 0, "outcome": "answered", "scores": {"similarity": value}}
+            append_jsonl(tmp_path / run / "episodes.jsonl", line)
+    compare_runs([str(tmp_path / "c"), str(tmp_path / "d")])
     text = capsys.readouterr().out
     assert "63.3% -  53.3% =  +10.0%" in text and "wins 1, ties 1, losses 1" in text and text.count(" wins ") == 1
     with pytest.raises(UserError, match="do not compare"):
-        compare([str(tmp_path / "a"), str(tmp_path / "d")])
+        compare_runs([str(tmp_path / "a"), str(tmp_path / "d")])
 
 
 @pytest.mark.parametrize("script, words, says", [
-    (train_critic, "--save-every 0", "at least 1"), (train_critic, "--batch-size 0", "at least 1"), (train_critic, "--epochs 0", "at least 1"),
-    (train_critic, "--critic untrained --no-hidden-info", "leaves nothing"), (train_critic, "--critic value --official", "concern --critic logprob"),
-    (train_critic, "--env frontend --critic rollout", "does not have"), (train_critic, "--official --aggregate sum", "give one of them"),
-    (train_policy, "--save-every 0", "at least 1"), (train_policy, "--pairs-per-state 0", "at least 1"), (train_policy, "--beta 0", "above 0"),
-    (train_policy, "--official --algorithm rft", "concerns"),
-    (evaluate, "--policies base --critic untrained", "needs --best-of"), (evaluate, "--policies base --best-of 4", "needs --critic"),
-    (evaluate, "--policies base --critic value", "shows"), (evaluate, "--policies base --critic none", "no trained critic"),
-    (evaluate, "--talk 1 --best-of 4 --critic untrained", "does not go with"),
-    (train_critic, "--vision-critic x", "wants --env frontend"), (evaluate, "--policies base --max-new-tokens 0", "at least 1"),
-    (evaluate, "--policies base --temperature nan", "0 or more"), (evaluate, "--policies base --against x", "for --env frontend"),
-    (evaluate, "--policies base --critic value --shard 1/2", "put the shards together"), (collect, "--temperature -1", "0 or more"),
-    (collect, "--add-candidates-to {run}/trajectories.jsonl", "the output itself"), (collect, "--candidate-share 2", "between 0 and 1"),
+    (train_critic, "--save-every 0", "at least 1"), (train_critic, "--batch-size 0", "at least 1"),
+    (train_critic, "--epochs 0", "at least 1"),
+    (train_critic, "--critic untrained --no-hidden-info", "--no-hidden-info has no effect with --critic untrained"),
+    (train_critic, "--critic value --official", "--official has no effect with --critic value"),
+    (train_critic, "--critic judge --lora-rank=8", "--lora-rank has no effect with --critic judge"),
+    (train_critic, "--env frontend --critic value", "wholly right"),
+    (train_critic, "--env frontend --official", "wholly right"),
+    (train_critic, "--official --no-length-norm", "--no-length-norm has no effect with --official"),
+    (train_critic, "--env frontend --vision-critic x", "wants --critic regression"),
+    (train_critic, "--env frontend --critic regression --vision-critic x --model y", "no effect with --vision-critic"),
+    (train_policy, "--save-every 0", "at least 1"), (train_policy, "--pairs-per-state 0", "at least 1"),
+    (train_policy, "--beta 0", "above 0"),
+    (train_policy, "--algorithm rft --gap 1", "--gap has no effect with --algorithm rft"),
+    (train_policy, "--algorithm multi-turn-dpo --preferences x", "--preferences has no effect with"),
+    (train_policy, "--trajectories x", "--trajectories has no effect with --algorithm sweet"),
+    (evaluate, "--policies base --critic untrained", "needs --best-of"),
+    (evaluate, "--policies base --best-of 4", "needs --critic"), (evaluate, "--policies base --critic value", "shows"),
+    (evaluate, "--policies base --critic none", "no trained critic"),
+    (evaluate, "--policies none", "no trained policy"),
+    (evaluate, "--policies base http://127.0.0.1:9/v1 --best-of 4 --critic untrained", "does not go with a server"),
+    (evaluate, "--policies base --max-new-tokens 0", "at least 1"),
+    (evaluate, "--policies base --temperature nan", "0 or more"),
+    (evaluate, "--policies base --critic value --shard 1/2", "put the shards together"),
+    (collect, "--temperature -1", "0 or more"), (collect, "--candidate-share 2", "between 0 and 1"),
+    (collect, "--add-candidates-to {run}/trajectories.jsonl", "the output itself"),
 ])
 def test_settings_that_cannot_work_are_refused_at_once(script, words, says, tmp_path, monkeypatch):
     (tmp_path / "value").mkdir()
@@ -329,8 +358,21 @@ def test_settings_that_cannot_work_are_refused_at_once(script, words, says, tmp_
         script.parse_args()
 
 
+@pytest.mark.parametrize("script, words", [
+    (train_critic, "--critic regression --vision-critic x"), (evaluate, "--policies base --against x"),
+    (collect, "--page-language edits"), (collect, "--env frontend --scorer official"),
+    (evaluate, "--env frontend --policies base --allow-weak-sandbox"),
+])
+def test_flags_of_another_environment_are_refused(script, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *words.split()])
+    with pytest.raises(SystemExit) as left:
+        script.parse_args()
+    assert left.value.code == 2 and "unrecognized arguments: " in capsys.readouterr().err
+
+
 def result_of(right):
     """A real result of the scorer for a task of one test."""
-    task = {"id": "t", "problem_description": "f", "ground_truth": "def f(x):\n    return x", "test_cases": {"t1": "f(1)"}}
+    task = {"id": "t", "problem_description": "f", "ground_truth": "def f(x):\n    return x",
+            "test_cases": {"t1": "f(1)"}}
     with Scorer() as scorer:
         return next(scorer.score_many([(task, "def f(x):\n    return " + ("x" if right else "2"))]))

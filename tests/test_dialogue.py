@@ -2,11 +2,13 @@
 
 import pytest
 
-from colbench.dialogue import answer_of, keep_sound, play, said
-from colbench.files import UserError, seed_of
-from colbench.server import Reply
-from colbench.tasks import failed
+from colbench.env.data import failed
+from colbench.env.dialogue import answer_of, keep_sound, play, said
+from colbench.lm.server import Reply
+from colbench.run.errors import UserError
+from colbench.run.files import seed_of
 
+PROMPT = "Ask, then answer."
 TASKS = [{"id": f"t{i}", "problem_description": f"request {i}", "ground_truth": f"def f():\n    return {i}  # SECRET"}
          for i in range(6)]
 
@@ -38,7 +40,8 @@ def turns(messages):
 
 
 def episodes(agent, human, todo, **settings):
-    return {(e["id"], e["sample"]): e for batch in play(agent, human, todo, **settings) for e in batch}
+    batches = play(agent, human, todo, agent_prompt=PROMPT, **settings)
+    return {(e["id"], e["sample"]): e for batch in batches for e in batch}
 
 
 def test_marker_ends_the_episode_and_the_last_turn_does():
@@ -59,8 +62,10 @@ def test_published_output_rule():
     assert said(" plain ") == ("plain", " plain ")
     # before OUTPUT: the marker is only thought of
     content, _ = said("I WANT TO ANSWER: x OUTPUT: a question?")
-    assert answer_of(content, last_turn=False) is None and answer_of(content, last_turn=True) == "a question?"
-    assert answer_of("I WANT TO ANSWER: a I WANT TO ANSWER: b", last_turn=False) == "a"
+    history = [{"role": "user", "content": "I WANT TO ANSWER: I, the human"}, {"role": "assistant", "content": content}]
+    assert answer_of(history, last_turn=False) is None and answer_of(history, last_turn=True) == "a question?"
+    history[-1]["content"] = "I WANT TO ANSWER: a I WANT TO ANSWER: b"
+    assert answer_of(history, last_turn=False) == "a"
 
 
 def test_an_error_ends_its_own_dialogue_only():
@@ -102,7 +107,8 @@ def test_candidates():
         messages[share] = [m for key in sorted(done) for m in done[key]["dialogue_history"] if m["role"] == "assistant"]
     assert not any("candidates" in m for m in messages[0.0]) and all("candidates" in m for m in messages[1.0])
     assert 0.2 < sum("candidates" in m for m in messages[0.3]) / len(messages[0.3]) < 0.4
-    assert [m["content"] for m in messages[0.0]] == [m["content"] for m in messages[1.0]]  # what is played stays the same
+    # what is played stays the same
+    assert [m["content"] for m in messages[0.0]] == [m["content"] for m in messages[1.0]]
     assert all(len(m["candidates"]) == 5 and m["candidates"][0] == m["output"] for m in messages[1.0])
 
 
@@ -126,7 +132,8 @@ class Server:
 
 
 def batch(text):
-    return [{"outcome": "answered"} if c == "+" else {"outcome": "simulation_failed", "error": "human: x"} for c in text]
+    return [{"outcome": "answered"} if c == "+" else {"outcome": "simulation_failed", "error": "human: x"}
+            for c in text]
 
 
 def passed_on(batches):
@@ -150,7 +157,8 @@ def test_failures_of_dialogues_are_kept_and_those_of_servers_are_not():
 
 def test_a_run_in_which_all_fails_stops():
     written, error = passed_on(keep_sound(map(batch, ["+++", "----", "+", "---", "--", "+"]), [], window=5))
-    assert len(written) == 8 and sum(map(failed, written)) == 4 and error.startswith("the last 5 dialogues all failed (human: x)")
+    assert len(written) == 8 and sum(map(failed, written)) == 4
+    assert error.startswith("the last 5 dialogues all failed (human: x)")
     written, error = passed_on(keep_sound(map(batch, ["+++", "----"]), [], window=5))
     assert len(written) == 7 and error is None  # the end of the run: they count as failed
 
@@ -175,10 +183,11 @@ def test_a_resumed_run_meets_the_batches_of_an_undisturbed_one(written):
 
     todo = [(task, sample) for sample in range(4) for task in TASKS]
     agent = Local(None)
-    straight = [e for b in play(agent, Person(), todo, parallel=5, candidate_share=0.3) for e in b]
+    straight = [e for b in play(agent, Person(), todo, agent_prompt=PROMPT, parallel=5, candidate_share=0.3) for e in b]
     done = {(e["id"], e["sample"]): e for e in straight[:written]}
     again = Local(None)
-    rest = [e for b in play(again, Person(), todo, parallel=5, candidate_share=0.3, done=done) for e in b]
+    rest = [e for b in play(again, Person(), todo, agent_prompt=PROMPT, parallel=5, candidate_share=0.3, done=done)
+            for e in b]
     assert rest == straight[written:]
     assert len(again.batches) <= len(agent.batches) and (written < 20 or len(again.batches) < len(agent.batches))
 

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from colbench.files import UserError, append_jsonl, lock_run, read_jsonl, repair_jsonl, run_main, seed_of, write_aside
-from colbench.tasks import load_tasks, load_trajectories
+from colbench.env.backend.tasks import check_task, load_tasks
+from colbench.env.data import load_trajectories
+from colbench.run.errors import UserError, run_main
+from colbench.run.files import append_jsonl, lock_run, read_jsonl, repair_jsonl, seed_of, write_aside
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +34,9 @@ def task(number=0, **changes):
            "ground_truth": f"def add(n):\n    return n + {number}\n",
            "test_cases": {"test1": "add(1)", "test2": "add(-2)"}, "hidden_information": "the same again"}
     return {key: value for key, value in {**row, **changes}.items() if value != "absent"}
+
+
+read_trajectories = partial(load_trajectories, check_task=check_task)  # as Backend Programming reads them
 
 
 def write(path, rows):
@@ -105,7 +111,7 @@ def test_kill_in_the_middle_of_appends(tmp_path):
     path, rng = tmp_path / "rows.jsonl", random.Random(0)
     code = """if True:
         import sys
-        from colbench.files import append_jsonl, repair_jsonl
+        from colbench.run.files import append_jsonl, repair_jsonl
         with open(sys.argv[1], "a", encoding="utf-8") as file:
             for number in range(int(sys.argv[2]), 10**9):
                 append_jsonl(file, {"number": number, "text": "x" * 200_000})
@@ -169,7 +175,7 @@ def test_a_replaced_directory_is_there_at_every_instant(tmp_path):
     assert len(looks) > 100 and not missing
 
 
-LOCKED = "import sys, time; from colbench.files import lock_run, run_main\n" \
+LOCKED = "import sys, time; from colbench.run.errors import run_main; from colbench.run.files import lock_run\n" \
          "def main(): lock_run(sys.argv[1], sys.argv[2]); print('mine', flush=True); time.sleep(float(sys.argv[3]))\n" \
          "run_main(main)"
 
@@ -195,7 +201,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    code = "import os, sys, time; from colbench.files import lock_run\nlock_run(sys.argv[1])\n" \
+    code = "import os, sys, time; from colbench.run.files import lock_run\nlock_run(sys.argv[1])\n" \
            "if os.fork() == 0: os.close(1); os.close(2); time.sleep(5); os._exit(0)\n"
     assert python(code, tmp_path).wait() == 0
     with lock_run(tmp_path):
@@ -203,7 +209,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
 
 
 def test_seeds_are_the_same_everywhere_and_differ(tmp_path):
-    code = "from colbench.files import seed_of; print(seed_of('task', 3, 1), seed_of('é', None, 2.5))"
+    code = "from colbench.run.files import seed_of; print(seed_of('task', 3, 1), seed_of('é', None, 2.5))"
     runs = {python(code, env={"PYTHONHASHSEED": seed}).communicate()[0] for seed in ("0", "1", "77")}
     assert runs == {f"{seed_of('task', 3, 1)} {seed_of('é', None, 2.5)}\n"}
     assert seed_of("task", 3, 1) == 7150438281052249605  # a changed rule would break every resume: change it knowingly
@@ -231,7 +237,8 @@ def test_a_bug_keeps_its_traceback_and_a_closed_pipe_is_quiet():
     endless = "while True: print('x' * 1000)"
     at_the_end = "print('first', flush=True); sys.stdin.readline(); print('left in the buffer')"
     for body in (endless, at_the_end):
-        writer = python(f"import sys; from colbench.files import run_main\ndef main():\n    {body}\nrun_main(main)",
+        writer = python(f"import sys; from colbench.run.errors import run_main\ndef main():\n    {body}\n"
+                        "run_main(main)",
                         stdin=subprocess.PIPE)
         writer.stdout.readline()
         writer.stdout.close()
@@ -289,7 +296,7 @@ def test_a_bad_task_is_named_with_file_line_and_field(tmp_path, changes, says):
     trajectory = dict(dialogue_history=[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
     path = write(tmp_path / "trajectories.jsonl", ["", {**trajectory, "task": task(16, **changes)}])
     with pytest.raises(UserError) as error:
-        load_trajectories(path)
+        read_trajectories(path)
     assert str(error.value).startswith(f"{path}:2: task: {says}")
 
 
@@ -338,27 +345,27 @@ def test_published_trajectories_with_samples_far_apart(tmp_path):
     for line, row in enumerate(rows):
         row["answer"] = f"{row['answer']}  # line {line}"
         row["task"]["test_cases"] = str(row["task"]["test_cases"])
-    loaded = load_trajectories(write(tmp_path / "offline.jsonl", rows))
+    loaded = read_trajectories(write(tmp_path / "offline.jsonl", rows))
     ids = [row["id"] for row in load_tasks(write(tmp_path / "tasks.jsonl", [task(n) for n in range(n_tasks)]))]
     assert [(row["id"], row["sample"]) for row in loaded] == [(ids[line % 7], line // 7) for line in range(21)]
     assert [row["answer"] for row in loaded] == [row["answer"] for row in rows]
     assert all(row["task"]["test_cases"] == task()["test_cases"] and "reward" not in row for row in loaded)
     assert loaded[0]["dialogue_history"] == rows[0]["dialogue_history"]  # input and output as they were
-    assert load_trajectories(tmp_path / "offline.jsonl", limit=5) == loaded[:5]
+    assert read_trajectories(tmp_path / "offline.jsonl", limit=5) == loaded[:5]
 
 
 def test_our_own_trajectories_keep_all_they_have(tmp_path):
     own = trajectory(1, id="t1", sample=2, reward=0.5, system="You help.", outcome="answered", scores={"fixed": 0.5})
     own["task"] = {**own["task"], "id": "t1", "site": "left"}
     own["dialogue_history"][1]["candidates"] = ["How much?", "Why?"]
-    loaded, = load_trajectories(write(tmp_path / "own.jsonl", [own]))
+    loaded, = read_trajectories(write(tmp_path / "own.jsonl", [own]))
     assert loaded == own
 
 
 def test_samples_stay_unique_when_files_are_put_together(tmp_path):
     rows = [trajectory(1, id="t", sample=sample) for sample in (0, 1, 1)]
     rows += [trajectory(1, id="t"), trajectory(1, id="t"), trajectory(1)]
-    loaded = load_trajectories(write(tmp_path / "both.jsonl", rows))
+    loaded = read_trajectories(write(tmp_path / "both.jsonl", rows))
     assert [row["sample"] for row in loaded] == [0, 1, 2, 3, 4, 0] and loaded[-1]["id"] != "t"
 
 
@@ -369,9 +376,9 @@ def test_missing_answers_and_broken_dialogues(tmp_path):
     last["dialogue_history"][2]["content"] = None
     rows += [last, trajectory(5, answer=None, dialogue_history=[{"role": "user", "content": "?"}],
                               outcome="error: the simulator is down")]
-    loaded = load_trajectories(write(tmp_path / "some.jsonl", rows))
+    loaded = read_trajectories(write(tmp_path / "some.jsonl", rows))
     assert [row["answer"] for row in loaded] == [" return n + 5", " return n + 5", "the last turn counts", ""]
-    assert "reward" not in load_trajectories(write(tmp_path / "null.jsonl", [trajectory(5, reward=None)]))[0]
+    assert "reward" not in read_trajectories(write(tmp_path / "null.jsonl", [trajectory(5, reward=None)]))[0]
     assert loaded[2]["dialogue_history"][2]["content"] == "" and loaded[3]["outcome"] == "error: the simulator is down"
 
 
@@ -390,10 +397,11 @@ USER, AGENT = {"role": "user", "content": "?"}, {"role": "assistant", "content":
     (dict(dialogue_history=[AGENT, USER]), "dialogue_history[0]: role: the user's request comes first"),
     (dict(dialogue_history=[USER, USER]), "dialogue_history: no assistant message"),
     (dict(answer=5), "answer: a text is wanted"), (dict(reward="1"), "reward: a number is wanted, this is '1'"),
-    (dict(reward=float("nan")), "reward: a number is wanted, this is nan"), (dict(sample="first"), "sample: a whole number is wanted"),
+    (dict(reward=float("nan")), "reward: a number is wanted, this is nan"),
+    (dict(sample="first"), "sample: a whole number is wanted"),
 ])
 def test_a_bad_trajectory_is_named_with_file_line_and_field(tmp_path, changes, says):
     path = write(tmp_path / "bad.jsonl", [trajectory(n) for n in range(3)] + [trajectory(3, **changes)])
     with pytest.raises(UserError) as error:
-        load_trajectories(path)
+        read_trajectories(path)
     assert str(error.value).startswith(f"{path}:4: {says}") and "\n" not in str(error.value)

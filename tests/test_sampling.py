@@ -9,11 +9,13 @@ from collections import Counter
 import pytest
 import torch
 
-from colbench.dialogue import prompt_messages
-from colbench.files import seed_of
-from colbench.mini import mini_tasks
-from colbench.model import add_lora, adapters_off, encode_dialogue, end_of_turn, load_model, load_tokenizer
-from colbench.sampling import LocalChat
+from colbench.env.backend.mini import mini_tasks
+from colbench.env.dialogue import prompt_messages
+from colbench.lm.adapters import adapters_off, add_lora
+from colbench.lm.load import load_model, load_tokenizer
+from colbench.lm.sampling import LocalChat
+from colbench.lm.tokens import encode_dialogue, end_of_turn
+from colbench.run.files import seed_of
 
 SYSTEM = "Ask about one missing detail at a time, then answer."
 
@@ -103,7 +105,8 @@ def test_sample_depends_on_conversation_and_seed_only(chat, model, tokenizer, co
     for batch_tokens in (1, 700, 3000):  # one row at a time, and batches that split a conversation's samples
         small = LocalChat(model, tokenizer, batch_tokens=batch_tokens)
         rows = slice(None, 2 if batch_tokens == 1 else None)
-        assert small.sample(conversations, [row[rows] for row in seeds], max_new_tokens=32) == [row[rows] for row in together]
+        some = small.sample(conversations, [row[rows] for row in seeds], max_new_tokens=32)
+        assert some == [row[rows] for row in together]
 
 
 def test_first_of_many_is_the_one_that_comes_alone(chat, conversations, seeds):
@@ -115,9 +118,10 @@ def test_first_of_many_is_the_one_that_comes_alone(chat, conversations, seeds):
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_first_token_frequencies(chat, model, tokenizer, conversations, temperature):
-    """2,000 seeds against the softmax of the logits: Pearson's chi-square over the texts that a first token can have."""
+    """2,000 seeds against the softmax of the logits: Pearson's chi-square over the texts of a first token."""
     n, messages = 2000, conversations[0]
-    [replies] = chat.sample([messages], [[seed_of("frequency", k) for k in range(n)]], temperature=temperature, max_new_tokens=1)
+    [replies] = chat.sample([messages], [[seed_of("frequency", k) for k in range(n)]], temperature=temperature,
+                            max_new_tokens=1)
     counts = Counter(reply.text for reply in replies)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([encode_dialogue(tokenizer, messages)[0]])).logits[0, -1]
@@ -137,7 +141,7 @@ def test_first_token_frequencies(chat, model, tokenizer, conversations, temperat
 
 @pytest.mark.parametrize("bound", [1, 2, 7])
 def test_max_new_tokens(chat, conversations, seeds, bound):
-    """A bound cuts the message that would have come without it. Hot, so that messages are long whatever the model knows."""
+    """A bound cuts the message that would have come without it. Hot, so that messages are long."""
     replies = chat.sample(conversations, seeds, temperature=5.0, max_new_tokens=bound)
     assert max(reply.tokens for row in replies for reply in row) == bound
     for row, long_row in zip(replies, chat.sample(conversations, seeds, temperature=5.0, max_new_tokens=32)):
@@ -152,13 +156,15 @@ def test_full_context_costs_one_conversation(chat, tokenizer, conversations, see
     user = {"role": "user", "content": "days " * 2 * chat.context}
     mixed = [conversations[0], [conversations[0][0], user], conversations[1], conversations[2]]
     replies = chat.sample(mixed, [few[0], few[0], few[1], few[2]], max_new_tokens=16)
-    assert all(isinstance(reply, Exception) and "context full" in str(reply) for reply in replies[1]) and len(replies[1]) == 2
+    assert all(isinstance(reply, Exception) and "context full" in str(reply) for reply in replies[1])
+    assert len(replies[1]) == 2
     assert [replies[0], *replies[2:]] == expected
 
     def room_after(words):
         return chat.context - len(encode_dialogue(tokenizer, [{"role": "user", "content": "x " * words}])[0])
 
-    words = next(words for words in range(chat.context, 0, -1) if room_after(words) >= 1)  # fills the context but for a few
+    # fills the context but for a few
+    words = next(words for words in range(chat.context, 0, -1) if room_after(words) >= 1)
     almost = [{"role": "user", "content": "x " * words}]
     room = room_after(words)
     assert 1 <= room < 16

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from colbench import sandbox
-from colbench.scorer import Scorer, share
+from colbench.env.backend import sandbox
+from colbench.env.backend.score import Scorer, share
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in sandbox.CALLS, reason="Linux only")
@@ -141,7 +141,8 @@ CHEATS = {
         "    while True: os.write(3, struct.pack('=I', 4) + b'Vtrue')\n"
         "  threading.Thread(target=flood, daemon=True).start()\n  return 1",
     "half the memory in socket buffers":
-        "def f(x):\n  import socket\n  for a, b in [socket.socketpair() for _ in range(25)]:\n    a.setblocking(False)\n"
+        "def f(x):\n  import socket\n"
+        "  for a, b in [socket.socketpair() for _ in range(25)]:\n    a.setblocking(False)\n"
         "    try:\n      while True: a.send(b'x' * 60000)\n    except BlockingIOError: pass\n  return 1",
     "a second ready frame": "def f(x):\n  import os, struct\n  os.write(3, struct.pack('=I', 0) + b'+')\n  return 1",
     # poisoning what comes later
@@ -170,7 +171,7 @@ ESCAPES = {  # expressions that raise when they are stopped; <names> come from t
     "read the canary through a memory map": "mmap.mmap(os.open('<file>', 0), 0)",
     "read the canary through sqlite":
         "sqlite3.connect('<file>').execute('select 1 from sqlite_master').fetchall() or 1",
-    "read the task files": "open('<root>/colbench/tasks.py').read()",
+    "read the task files": "open('<root>/colbench/env/backend/tasks.py').read()",
     "read the shadow file": "open('/etc/shadow').read()",
     "read the passwords": "open('/etc/passwd').read()",
     "read the home": "os.listdir(os.path.expanduser('~root'))",
@@ -435,6 +436,7 @@ def test_zygote_killed_in_mid_answer(scorer):
     assert scorer.zygotes[1].process.pid != before
 
 
+@pytest.mark.slow
 def test_stopped_zygote_does_not_hang_the_scorer(scorer, monkeypatch):
     monkeypatch.setattr(sandbox, "PREPARE_S", 0.5)
     zygote = scorer.zygotes[1]
@@ -460,7 +462,7 @@ def alive(pid):
 def test_nothing_outlives_a_killed_scorer():
     code = """if True:
         import threading, time
-        from colbench.scorer import Scorer
+        from colbench.env.backend.score import Scorer
         scorer = Scorer(workers=1)
         task = {"ground_truth": "def f(x): return 1", "test_cases": {str(i): "f(1)" for i in range(50)}}
         threading.Thread(target=scorer.score, args=(task, "while True: pass\\ndef f(x): pass"), daemon=True).start()
@@ -483,13 +485,14 @@ def filtered(numbers, code):
     """Run code in a Python that is denied some system calls (ENOSYS), as by an old kernel or a container."""
     lines = [(0x20, 0, 0, 0)] + [line for n in numbers for line in ((0x15, 0, 1, n), (0x06, 0, 0, 0x50026))]
     program = b"".join(struct.pack("HBBI", *line) for line in lines + [(0x06, 0, 0, 0x7FFF0000)])
-    deny = f"from colbench import sandbox\nsandbox.LIBC.prctl(38, 1, 0, 0, 0)\nassert sandbox.seccomp({program!r})\n"
+    deny = "from colbench.env.backend import sandbox\nsandbox.LIBC.prctl(38, 1, 0, 0, 0)\n"
+    deny += f"assert sandbox.seccomp({program!r})\n"
     return run_python(deny + code)
 
 
 LANDLOCK, SECCOMP = (444, 445, 446), {"x86_64": 317, "aarch64": 277}.get(platform.machine())
 REPORT = """
-from colbench.scorer import Scorer, share
+from colbench.env.backend.score import Scorer, share
 task = {"ground_truth": "def f(x): return x + 1", "test_cases": {"a": "f(1)", "b": "f(2)"}}
 with Scorer(workers=1%s) as scorer:
     print(scorer.tier, *[share(scorer.score(task, f"def f(x): return x + {k}")) for k in (1, 0)])
@@ -542,7 +545,8 @@ CONTAINERS = {  # what other machines and containers leave of a root user's or a
     "root without capabilities": ["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
     "root that may gain nothing": ["setpriv", "--no-new-privs"],
     "root of a user namespace": ["unshare", "--user", "--map-root-user"],
-    "a user namespace with its own processes": ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"],
+    "a user namespace with its own processes": ["unshare", "--user", "--map-root-user", "--pid", "--fork",
+                                                "--mount-proc"],
     "nobody of a user namespace": ["unshare", "--user"],
     "little room for processes": ["prlimit", "--nproc=200:200"],
     "few descriptors": ["prlimit", "--nofile=64:64"],
@@ -556,16 +560,17 @@ def test_in_a_container(name, bait):
         pytest.skip(f"{wrapper[0]} cannot do this here")
     names = [n for n in ESCAPES if n != "500 threads"]
     codes = [escape_code(ESCAPES[n].replace("<pid>", "1"), bait) for n in names]
-    done = subprocess.run([*wrapper, sys.executable, "-c", REPORT % ("", codes)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run([*wrapper, sys.executable, "-c", REPORT % ("", codes)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
     assert done.stdout.startswith("strict 1.0 0.0\n"), done.stdout + done.stderr
     assert [n for n, outcome in zip(names, eval(done.stdout.split("\n")[1])) if outcome not in ("raised", "died")] == []
     assert_unharmed(bait)
 
 
 def test_behind_the_filter_of_a_container_engine(bait):
-    """What the usual container engines refuse to a process without privileges: namespaces, mounts, tracing, keys, bpf, ..."""
-    numbers = {"x86_64": [101, 155, 161, 165, 166, 246, 248, 249, 250, 272, 298, 304, 308, 310, 311, 321, 323, 425, 435],
+    """What the usual container engines refuse to a process without privileges: namespaces, mounts, tracing, ..."""
+    numbers = {"x86_64": [101, 155, 161, 165, 166, 246, 248, 249, 250, 272, 298, 304, 308, 310, 311, 321, 323, 425,
+                          435],
                "aarch64": [39, 40, 41, 51, 97, 104, 117, 217, 218, 219, 241, 265, 268, 270, 271, 280, 282, 425, 435]}
     done = filtered(numbers[platform.machine()], REPORT % ("", [escape_code(ESCAPES["read the canary"], bait)]))
     assert done.stdout == "strict 1.0 0.0\n['raised']\n", done.stdout + done.stderr
@@ -575,7 +580,8 @@ def test_behind_the_filter_of_a_container_engine(bait):
 @pytest.mark.parametrize("value", [
     None, True, False, 0, -1, 2**53, -2**70, 10**4000, 0.1, -0.0, float("inf"), "", "plain", "é\0\n", "\ud800",
     "\ud83d\ude00", b"\xff", [], [1, [2, ["x"]]], (), (1, (2,)), {}, {"a": {1: (2.5, None)}, (1, 2): []}, set(),
-    {1, "a"}, frozenset({1}), range(1, 9, 2), 1 + 2j], ids=lambda value: ascii(sorted(value, key=ascii) if isinstance(value, set) else value)[:20])
+    {1, "a"}, frozenset({1}), range(1, 9, 2), 1 + 2j],
+                         ids=lambda value: ascii(sorted(value, key=ascii) if isinstance(value, set) else value)[:20])
 def test_data_comes_back_the_same(value):
     back = sandbox.decode(json.loads(json.dumps(sandbox.encode(value))), None)
     assert back == value and type(back) is type(value)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from colbench.scorer import Scorer, share, success
+from colbench.env.backend.score import Scorer, share, success
 
 DOUBLE = {"ground_truth": "def f(x):\n    return x * 2", "test_cases": {"a": "f(1)", "b": "f(-3)", "c": "f(2.5)"}}
 GOOD = "def f(x):\n    return x * 2"
@@ -237,12 +237,14 @@ def test_partial_credit_and_helpers(scorer):
 
 def test_what_is_shown_of_results(scorer):
     """Short, the same in every process (sets), and made of data alone: an object's __repr__ has no say."""
-    reference = ("def f(k):\n    return [{'b', 'a', 'c'}, {frozenset('xy'), frozenset('ab')}, 'x' * 10 ** 4, 10 ** 5000,\n"
+    reference = ("def f(k):\n    return [{'b', 'a', 'c'}, {frozenset('xy'), frozenset('ab')}, 'x' * 10 ** 4,\n"
+                 "            10 ** 5000,\n"
                  "            list(range(99)), {'k': (1.5, None)}, 'a' * 10 ** 5, set(), frozenset()][k]")
     answer = "class S(str):\n    def __repr__(self):\n        return '<script>'\ndef f(k):\n    return S('plain')"
     result = scorer.score(task(reference, *(f"f({k})" for k in range(9))), answer)["fixed"]
     a, b, long, digits, many, nested, huge, empty, frozen = result["expected"]
-    assert a == "{'a', 'b', 'c'}" and b == "{frozenset({'a', 'b'}), frozenset({'x', 'y'})}" and (empty, frozen) == ("set()", "frozenset()")
+    assert a == "{'a', 'b', 'c'}" and b == "{frozenset({'a', 'b'}), frozenset({'x', 'y'})}"
+    assert (empty, frozen) == ("set()", "frozenset()")
     assert nested == "{'k': (1.5, None)}" and many.startswith("[0, 1, 2") and many.endswith("...]")
     assert len(long) <= 200 and "..." in long and len(digits) <= 200 and "bytes" in huge
     assert result["got"] == ["'plain'"] * 9
@@ -275,7 +277,8 @@ def test_truncated_code_is_not_patched_up(scorer):
 
 def test_task_without_calls(scorer):
     result = scorer.score(task(GOOD), GOOD)
-    assert result["fixed"] == {"passed": 0, "total": 0, "calls": [], "expected": [], "got": []} and share(result) == 0.0 and not success(result)
+    assert result["fixed"] == {"passed": 0, "total": 0, "calls": [], "expected": [], "got": []}
+    assert share(result) == 0.0 and not success(result)
 
 
 def test_calls_of_other_shapes(scorer):

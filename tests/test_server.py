@@ -1,4 +1,4 @@
-"""colbench/server.py against real HTTP servers on this machine that answer, fail, hang, hang up and record."""
+"""colbench/lm/server.py against real HTTP servers on this machine that answer, fail, hang, hang up and record."""
 import base64
 import http.server
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from colbench.files import UserError
-from colbench.server import Reply, ServerChat
+from colbench.lm.server import Reply, ServerChat
+from colbench.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"retry-after-ms": "1"}  # the client's back-off, as the server asks for it
@@ -316,12 +316,13 @@ def test_check_tells_in_one_line_what_is_wrong(serve):
 
 def test_ctrl_c_does_not_wait_for_requests_in_flight(serve):
     server = serve(lambda body, earlier: "hang")
-    code = "import sys; from colbench.files import run_main; from colbench.server import ServerChat\n" \
+    code = "import sys; from colbench.run.errors import run_main; from colbench.lm.server import ServerChat\n" \
            "chat = ServerChat(sys.argv[1], 'first')\n" \
            "run_main(lambda: chat.sample([[{'role': 'user', 'content': 'x'}]] * 9, [[1]] * 9))"
     user = subprocess.Popen([sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT)},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
+                            # a shell's background job ignores it
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while len(server.requests) < 9:
         assert user.poll() is None
         time.sleep(0.05)

@@ -1,21 +1,13 @@
-"""--shard i/n: the shards' files put together are the file of one whole run. Real subprocesses, the embedded model."""
+"""--shard i/n: the shards' files put together are the file of one whole run."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from colbench.files import UserError, shard, shard_path, shards_hint
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(script, *args, code=0):
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout[-1000:] + done.stderr[-3000:]
-    return done
+from colbench.run.errors import UserError
+from colbench.run.shards import shard, shard_path, shards_hint
+from stages import refused, run
 
 
 def lines(*paths):
@@ -33,32 +25,32 @@ def test_shard():
     assert shard_path("runs/a.b/trajectories.jsonl", (2, 4)) == Path("runs/a.b/trajectories-2of4.jsonl")
     assert shard_path("runs/a.b/trajectories.jsonl", (1, 1)) == Path("runs/a.b/trajectories.jsonl")
     assert "cat r/episodes-*of4.jsonl > r/episodes.jsonl, " in shards_hint(Path("r/episodes-2of4.jsonl"), (2, 4))
-    parts = [list(range(10))[i - 1::4] for i in (1, 2, 3, 4)]  # as the scripts take them: each task once, sizes as equal as can be
+    # as the scripts take them: each task once, sizes as equal as can be
+    parts = [list(range(10))[i - 1::4] for i in (1, 2, 3, 4)]
     assert sorted(sum(parts, [])) == list(range(10)) and {len(part) for part in parts} == {2, 3}
 
 
 def test_a_wrong_shard_is_one_line(tmp_path):
     for script in ("collect.py", "evaluate.py"):
-        error = run(script, "--run", tmp_path, "--shard", "3/2", code=2).stderr
-        assert error.startswith("error: --shard 3/2: ") and error.count("\n") == 1
+        assert refused(script, "--run", tmp_path, "--shard", "3/2").startswith("error: --shard 3/2: ")
 
 
 def test_collect_in_shards(tmp_path):
-    whole, parts, sizes = tmp_path / "whole", tmp_path / "parts", ["--n-tasks", 9, "--k", 2, "--candidate-share", "0.3"]
+    whole, parts, sizes = tmp_path / "whole", tmp_path / "parts", ["--n-tasks", 5, "--k", 2, "--candidate-share", "0.1"]
     run("collect.py", "--run", whole, *sizes)
     expected = lines(whole / "trajectories.jsonl")
     for i in (2, 1):
         done = run("collect.py", "--run", parts, *sizes, "--shard", f"{i}/2")
         assert f"cat {parts}/trajectories-*of2.jsonl > {parts}/trajectories.jsonl" in done.stdout
     files = [parts / f"trajectories-{i}of2.jsonl" for i in (1, 2)]
-    assert [len(lines(file)) for file in files] == [10, 8]
+    assert [len(lines(file)) for file in files] == [6, 4]
     assert sorted(lines(*files)) == sorted(expected)
     joined = parts / "trajectories.jsonl"
     joined.write_text("\n".join(lines(*files)) + "\n")  # cat
     assert lines(joined) != expected
     assert "nothing to do" in run("collect.py", "--run", parts, *sizes).stdout
     assert joined.read_bytes() == (whole / "trajectories.jsonl").read_bytes()
-    joined.write_text("\n".join(lines(files[0])) + "\n")  # a shard that never came: the whole command makes what is missing
+    joined.write_text("\n".join(lines(files[0])) + "\n")  # one never came: the whole command makes it
     run("collect.py", "--run", parts, *sizes)
     assert joined.read_bytes() == (whole / "trajectories.jsonl").read_bytes()
 
@@ -69,21 +61,23 @@ def test_collect_in_shards(tmp_path):
             message.pop("candidates", None)
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
     for i in (2, 3):
-        run("collect.py", "--run", tmp_path / "added", "--add-candidates-to", tmp_path / "bare.jsonl", "--shard", f"{i}/3",
-            "--candidate-share", 1)
-    second, third = lines(tmp_path / "added" / "trajectories-2of3.jsonl"), lines(tmp_path / "added" / "trajectories-3of3.jsonl")
-    assert [(row["id"], row["sample"]) for row in map(json.loads, second)] == [(bare[1]["id"], bare[1]["sample"])] and third == []
+        run("collect.py", "--run", tmp_path / "added", "--add-candidates-to", tmp_path / "bare.jsonl", "--shard",
+            f"{i}/3", "--candidate-share", 0.5)
+    second, third = (lines(tmp_path / "added" / f"trajectories-{i}of3.jsonl") for i in (2, 3))
+    [row] = map(json.loads, second)
+    assert (row["id"], row["sample"]) == (bare[1]["id"], bare[1]["sample"]) and third == []
 
 
 def test_evaluate_in_shards(tmp_path):
-    whole, parts, sizes = tmp_path / "whole", tmp_path / "parts", ["--n-tasks", 7, "--k", 2, "--policies", "base"]
+    whole, parts, sizes = tmp_path / "whole", tmp_path / "parts", ["--n-tasks", 5, "--k", 2, "--policies", "base"]
     table = run("evaluate.py", "--run", whole, *sizes).stdout
     for i in (2, 1):
         done = run("evaluate.py", "--run", parts, *sizes, "--shard", f"{i}/2")
         assert f"cat {parts}/episodes-*of2.jsonl > {parts}/episodes.jsonl" in done.stdout
     files = [parts / f"episodes-{i}of2.jsonl" for i in (1, 2)]
     assert sorted(lines(*files)) == sorted(lines(whole / "episodes.jsonl"))
-    assert [json.loads((parts / f"metrics-{i}of2.json").read_text())["policies"]["base"]["episodes"] for i in (1, 2)] == [8, 6]
+    metrics = [json.loads((parts / f"metrics-{i}of2.json").read_text()) for i in (1, 2)]
+    assert [row["policies"]["base"]["episodes"] for row in metrics] == [6, 4]
     (parts / "episodes.jsonl").write_text("\n".join(lines(*files)) + "\n")  # cat
     done = run("evaluate.py", "--run", parts, *sizes)
     assert "nothing to play" in done.stdout

@@ -1,11 +1,12 @@
 """Scoring 16 candidates of a state with the critic: shared prompt against one by one, in one run.
 
-    python tests/bench/critic_scoring.py                              # 60-token candidates, prompts of 400 and 2,000 tokens; CPU
+    python tests/bench/critic_scoring.py              # 60-token candidates, prompts of 400 and 2,000 tokens; CPU
     python tests/bench/critic_scoring.py --model meta-llama/Llama-3.1-8B-Instruct --load-in-4bit       # on a GPU
 
-All ways give the log-probs of the same tokens, which are compared. One by one is a forward pass for each candidate: `plain` with logits
-at all positions, as a model gives them, and `trimmed` with logits at the candidate's tokens only, the best that can be done without
-sharing the prompt. Without --model: a Llama of random weights; --hidden 576 --layers 30 has the shape of a 135M chat model.
+All ways give the log-probs of the same tokens, which are compared. One by one is a forward pass for each candidate:
+`plain` with logits at all positions, as a model gives them, and `trimmed` with logits at the candidate's tokens only,
+the best that can be done without sharing the prompt. Without --model: a Llama of random weights; --hidden 576 --layers
+30 has the shape of a 135M chat model.
 """
 
 import argparse
@@ -19,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colbench.model import load_model, message_logps
+from colbench.lm.load import load_model, prepare_machine
+from colbench.lm.logps import message_logps
 
 
 def plain(model, prompt, candidates, trim=False):
@@ -51,6 +53,7 @@ def seconds(function, *args, repeats):
 
 
 def main():
+    prepare_machine()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder (default: random weights of --hidden and --layers)")
     parser.add_argument("--load-in-4bit", action="store_true")
@@ -67,9 +70,9 @@ def main():
         model = load_model(args.model, args.load_in_4bit)
     else:
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, tie_word_embeddings=True,
-            num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64,
-            initializer_range=0.05, max_position_embeddings=16384)).eval()
+            vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+            tie_word_embeddings=True, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+            num_key_value_heads=args.hidden // 64, initializer_range=0.05, max_position_embeddings=16384)).eval()
     rng, size = random.Random(0), model.config.vocab_size
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bf16 rounds differently in another order of sums
     for length in args.prompts:
@@ -81,7 +84,8 @@ def main():
             got, fast = seconds(shared, model, prompt, candidates, repeats=args.repeats)
         difference = (torch.cat(got) - torch.cat(expected)).abs().max().item()
         tokens = args.candidates * (length + args.tokens), length + args.candidates * args.tokens
-        print(f"prompt {length}: one by one {slow:.3f} s plain, {trimmed:.3f} s trimmed, shared {fast:.3f} s; ratio {slow / fast:.1f} to plain, "
+        print(f"prompt {length}: one by one {slow:.3f} s plain, {trimmed:.3f} s trimmed, shared {fast:.3f} s; ratio "
+              f"{slow / fast:.1f} to plain, "
               f"{trimmed / fast:.1f} to trimmed (tokens through the model: {tokens[0] / tokens[1]:.1f}); "
               f"log-probs differ by at most {difference:.1e}")
         if difference > tolerance:

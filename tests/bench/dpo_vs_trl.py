@@ -1,15 +1,16 @@
-"""Step-level DPO, reference pass included, against TRL's DPOTrainer: samples a second on the same pairs, model and losses.
+"""Step-level DPO with its reference pass against TRL's DPOTrainer: samples a second on the same pairs and losses.
 
     pip install -r tests/bench/requirements.txt
-    python tests/bench/dpo_vs_trl.py                       # a Llama of 17 M random weights, 49k vocabulary, on the CPU: minutes
-    python tests/bench/dpo_vs_trl.py --states 32 --hidden 576 --layers 12          # larger: the vocabulary's share shrinks
+    python tests/bench/dpo_vs_trl.py            # a Llama of 17 M random weights, 49k vocabulary, on the CPU: minutes
+    python tests/bench/dpo_vs_trl.py --states 32 --hidden 576 --layers 12     # larger: the vocabulary's share shrinks
 
-Data: 400-token prompts, 16 candidates of 60 tokens a state, 4 pairs a state drawn as train_policy.py draws them, batch 8. Ours is
-the loop of train_policy.py: message_logps and policy_loss, LoRA on frozen weights. TRL gets the same LoRA weights, optimiser, order
-of pairs and losses (sigmoid + 0.01 sft) and plays with several settings; the best of them and ours then take turns, --repeats times,
-and their medians are compared. Its reference log-probs are counted whether it computes them at each step or before. All sequences have one length, so nothing is lost to padding (this version of TRL
-falls back to padding where padding-free is asked for). Printed: the losses' largest difference (must be below 1e-4), the measured ratio and the ratio of
-the tokens that go through the model.
+Data: 400-token prompts, 16 candidates of 60 tokens a state, 4 pairs a state drawn as train_policy.py draws them, batch
+8. Ours is the loop of train_policy.py: message_logps and policy_loss, LoRA on frozen weights. TRL gets the same LoRA
+weights, optimiser, order of pairs and losses (sigmoid + 0.01 sft) and plays with several settings; the best of them and
+ours then take turns, --repeats times, and their medians are compared. Its reference log-probs are counted whether it
+computes them at each step or before. All sequences have one length, so nothing is lost to padding (this version of TRL
+falls back to padding where padding-free is asked for). Printed: the losses' largest difference (must be below 1e-4),
+the measured ratio and the ratio of the tokens that go through the model.
 """
 
 import argparse
@@ -30,11 +31,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
+from train_policy import draw_pairs, policy_loss
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from colbench.model import EMBEDDED, adapters_off, message_logps, pack, tree_tokens
-from train_policy import draw_pairs, policy_loss
+from colbench.lm.adapters import adapters_off
+from colbench.lm.load import EMBEDDED, prepare_machine
+from colbench.lm.logps import message_logps, pack, tree_tokens
 
 BETA, NLL, RATE = 0.1, 0.01, 1e-3
 SETTINGS = [  # what TRL is tried with: per-device batch (accumulated to 8), more of its settings
@@ -44,11 +47,13 @@ SETTINGS = [  # what TRL is tried with: per-device batch (accumulated to 8), mor
 
 
 def make_model(args):
-    """A random Llama with LoRA whose B matrices are not zero, so that the losses say something from the first step on."""
+    """A random Llama with LoRA whose B matrices are not zero, so that the losses say something from the first step
+    on."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64, tie_word_embeddings=True))
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64,
+        tie_word_embeddings=True))
     return model
 
 
@@ -62,7 +67,7 @@ def make_states(args):
     for _ in range(args.states):
         prompt = [rng.randrange(args.vocabulary) for _ in range(args.prompt)]
         candidates = [[rng.randrange(args.vocabulary) for _ in range(args.response)] for _ in range(16)]
-        pairs = draw_pairs([rng.random() for _ in candidates], rng, "halves", 4, 0.0)
+        pairs = draw_pairs([rng.random() for _ in candidates], rng, 4, 0.0)
         used = sorted({k for pair in pairs for k in pair})
         states.append({"tree": (prompt, [], [candidates[k] for k in used]),
                        "pairs": [(used.index(a), used.index(b)) for a, b in pairs]})
@@ -130,14 +135,15 @@ def trl(model, lora_weights, states, batch, settings, folder):
              "setting": f"{batch} {settings}"}  # another fingerprint: nothing of an earlier setting's cache is used
             for state in states for a, b in state["pairs"]]
     config = DPOConfig(
-        output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, num_train_epochs=1,
-        learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
-        beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, NLL], max_length=None, bf16=False, use_cpu=True,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        precompute_ref_batch_size=batch, **settings)
+        output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch,
+        num_train_epochs=1, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=1.0, optim="adamw_torch", beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, NLL],
+        max_length=None, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, precompute_ref_batch_size=batch, **settings)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Peer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora())
+        trainer = Peer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                       peft_config=lora())
         missing = trainer.model.load_state_dict(lora_weights, strict=False)
         assert not missing.unexpected_keys
         start = time.perf_counter()
@@ -149,6 +155,7 @@ def trl(model, lora_weights, states, batch, settings, folder):
 
 
 def main():
+    prepare_machine()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", type=int, default=4, help="of 4 pairs each; even (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=400)
@@ -156,9 +163,11 @@ def main():
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--tokens-per-step", type=int, default=1024, help="of ours, in one forward pass: one state here (default: %(default)s)")
+    parser.add_argument("--tokens-per-step", type=int, default=1024,
+                        help="of ours, in one forward pass: one state here (default: %(default)s)")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="try only TRL's first so many settings")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of ours and of TRL's best setting, in turns (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3,
+                        help="timings of ours and of TRL's best setting, in turns (default: %(default)s)")
     args = parser.parse_args()
     states = make_states(args)
     pairs = sum(len(state["pairs"]) for state in states)
@@ -183,7 +192,8 @@ def main():
         difference = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
         if difference > 1e-4:
             sys.exit(f"the losses differ: {losses} and {expected}")
-        print(f"TRL, batch {batch}{''.join(f', {key}' for key in settings)}: {pairs / taken:.2f} pairs/s ({taken:.1f} s), "
+        name = ", ".join(["TRL", f"batch {batch}", *settings])
+        print(f"{name}: {pairs / taken:.2f} pairs/s ({taken:.1f} s), "
               f"losses differ by at most {difference:.1e}", flush=True)
         return taken
 
@@ -196,8 +206,9 @@ def main():
     print(f"ours {seconds:.2f} s, TRL's best setting {taken:.2f} s (medians of {args.repeats})")
     print(f"ratio of samples/s: {taken / seconds:.1f} (turn by turn {', '.join(f'{b / a:.1f}' for a, b in turns)})")
     tokens = sum(2 * len(state["pairs"]) * (args.prompt + args.response) for state in states)
-    print(f"ratio of tokens through the model: {tokens / sum(tree_tokens(state['tree']) for state in states):.1f}; what is more comes "
-          "from the vocabulary (logits at response tokens only, each distinct response once) and from what TRL logs")
+    print(f"ratio of tokens through the model: {tokens / sum(tree_tokens(state['tree']) for state in states):.1f}; "
+          "what is more comes from the vocabulary "
+          "(logits at response tokens only, each distinct response once) and from what TRL logs")
 
 
 if __name__ == "__main__":

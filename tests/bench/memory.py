@@ -1,21 +1,25 @@
 """Peak memory and tokens/s of one optimiser step: measured on a GPU, or computed; on a CPU the arithmetic is checked.
 
-    python tests/bench/memory.py --stage critic --tokens 8192       # on a GPU: 4-bit Llama-3.1-8B's shape with random weights
-    python tests/bench/memory.py --table                            # the README's table by arithmetic, no GPU needed
-    python tests/bench/memory.py                                    # without a GPU: a small model's step against the arithmetic
-    python tests/bench/memory.py --config CONFIG.json ...           # another Llama-shaped model
+    python tests/bench/memory.py --stage critic --tokens 8192     # on a GPU: 4-bit Llama-3.1-8B, random weights
+    python tests/bench/memory.py --table                          # the README's table by arithmetic, no GPU needed
+    python tests/bench/memory.py                                  # without a GPU: a small model's step, checked
+    python tests/bench/memory.py --config CONFIG.json ...         # another Llama-shaped model
 
-The weights are random, made and quantised to NF4 layer by layer, so the full-precision model never exists. LoRA of rank 32 on all linear
-layers, gradient checkpointing, message_logps and the scripts' own losses, reference pass with adapters off, AdamW. `--tokens` is what
-goes through the model at once: --tokens-per-step, or one pair of the critic's trajectories if that is longer. Gigabytes are 10^9 bytes.
+The weights are random, made and quantised to NF4 layer by layer, so the full-precision model never exists. LoRA of rank
+32 on all linear layers, gradient checkpointing, message_logps and the scripts' own losses, reference pass with adapters
+off, AdamW. `--tokens` is what goes through the model at once: --tokens-per-step, or one pair of the critic's
+trajectories if that is longer. Gigabytes are 10^9 bytes.
 
-`estimate` counts, for T tokens, L layers, hidden size H, feed-forward size I, vocabulary V, and a bytes in an activation (2 in bf16):
- weights      4.127 bits for each weight of the layers (a scale of 8 bits per 64, one of 32 per 256 scales), embeddings and head unquantised
+`estimate` counts, for T tokens, L layers, hidden size H, feed-forward size I, vocabulary V, and a bytes in an
+activation (2 in bf16):
+ weights      4.127 bits for each weight of the layers (a scale of 8 bits per 64, one of 32 per 256 scales), embeddings
+              and head unquantised
  adapters     16 bytes for each LoRA weight: float32 weight, gradient and AdamW's two averages
  checkpoints  T·H·a for each layer: all that is kept of a layer until its backward pass
  one layer    what autograd keeps while one layer is computed again; see `layer_bytes`
- mask         T·T bool, and the same in the activations' type: with a mask of its own, scaled_dot_product_attention takes the
-              memory-efficient kernel on CUDA (flash takes no mask; the plain one, which would hold heads·T·T scores, is not chosen)
+ mask         T·T bool, and the same in the activations' type: with a mask of its own, scaled_dot_product_attention
+              takes the memory-efficient kernel on CUDA (flash takes no mask; the plain one, which would hold
+              heads·T·T scores, is not chosen)
  logits       a chunk of LOGITS_AT_ONCE logits: in the activations' type, float32, and their gradients
 """
 
@@ -33,11 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from colbench.model import LOGITS_AT_ONCE, adapters_off, add_lora, message_logps
 from train_critic import critic_loss
 from train_policy import policy_loss
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from colbench.lm.adapters import adapters_off, add_lora
+from colbench.lm.load import prepare_machine
+from colbench.lm.logps import LOGITS_AT_ONCE, message_logps
 
 LLAMA_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -61,9 +67,10 @@ def shapes(config):
 def layer_bytes(config, a):
     """Bytes a token that autograd holds at the most while one layer is computed again and differentiated.
 
-    Norms work in float32: two copies each of two norms. Each adapter keeps its own input in float32 on a CPU and in the autocast
-    type on CUDA. Attention: queries, keys, values before and after the rotation, keys and values repeated for all heads, its output.
-    Feed-forward: gate, its activation, up, their product; and two gradients of that size at the turning point.
+    Norms work in float32: two copies each of two norms. Each adapter keeps its own input in float32 on a CPU and in the
+    autocast type on CUDA. Attention: queries, keys, values before and after the rotation, keys and values repeated for
+    all heads, its output. Feed-forward: gate, its activation, up, their product; and two gradients of that size at the
+    turning point.
     """
     h, i = config.hidden_size, config.intermediate_size
     kv = shapes(config)[1][0]
@@ -75,8 +82,9 @@ def layer_bytes(config, a):
 
 
 def estimate(config, tokens, said=None, a=2, four_bit=True):
-    """Bytes by part for one optimiser step with `tokens` in a forward pass, `said` of them in messages (None: all); a: bytes of an activation and of an unquantised weight.
-    critic and policy differ in nothing that counts: the same tokens go through the same model."""
+    """Bytes by part for one optimiser step with `tokens` in a forward pass, `said` of them in messages (None: all); a:
+    bytes of an activation and of an unquantised weight. critic and policy differ in nothing that counts: the same
+    tokens go through the same model."""
     linear = sum(out * into for out, into in shapes(config)) * config.num_hidden_layers
     lora = RANK * sum(out + into for out, into in shapes(config)) * config.num_hidden_layers
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -94,7 +102,8 @@ def estimate(config, tokens, said=None, a=2, four_bit=True):
 
 def total(parts):
     """Peak: the logits' chunk and the layer being computed again are never there together."""
-    return (parts["weights"] + parts["adapters"] + parts["checkpoints"] + parts["mask"] + max(parts["one layer"], parts["logits"]))
+    always = parts["weights"] + parts["adapters"] + parts["checkpoints"] + parts["mask"]
+    return always + max(parts["one layer"], parts["logits"])
 
 
 def random_model(config, device, dtype):
@@ -108,8 +117,8 @@ def random_model(config, device, dtype):
                     packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype,
                                                quant_type="nf4", compress_statistics=True, device="meta")
                     weight = torch.randn(linear.out_features, linear.in_features, device=device, dtype=dtype) * 0.02
-                    packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True,
-                                                      module=packed).to(device)
+                    packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
+                                                      compress_statistics=True, module=packed).to(device)
                     if hasattr(packed, "support_avx512bf16_for_cpu"):
                         packed.support_avx512bf16_for_cpu = False
                     setattr(part, name, packed)
@@ -145,7 +154,8 @@ def step(model, stage, trees, optimizer):
         if stage == "critic":
             loss, _, _ = critic_loss(logps[0], logps[1], ref[0], ref[1], 0.1, 0.01)
         else:
-            loss = sum(policy_loss(logps[0][k], logps[0][k + 4], ref[0][k], ref[0][k + 4], 0.1, 0.01)[0] for k in range(4)) / 4
+            loss = sum(policy_loss(logps[0][k], logps[0][k + 4], ref[0][k], ref[0][k + 4], 0.1, 0.01)[0]
+                       for k in range(4)) / 4
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -160,7 +170,8 @@ def resident():
 
 
 def measure(config, stage, tokens, device):
-    """(peak bytes of a step, tokens/s, loss). On a CPU the peak is what the step adds to the resident memory, plus the weights."""
+    """(peak bytes of a step, tokens/s, loss). On a CPU the peak is what the step adds to the resident memory, plus the
+    weights."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     model = add_lora(random_model(config, device, dtype), RANK, gradient_checkpointing=True).train()
@@ -182,7 +193,8 @@ def measure(config, stage, tokens, device):
 
 def table(config):
     """One table for both stages: `estimate` says why."""
-    print("| tokens at once | weights | adapters, AdamW | checkpoints | one layer | mask | peak (computed) |\n|" + "---|" * 7)
+    print("| tokens at once | weights | adapters, AdamW | checkpoints | one layer | mask | peak (computed) |")
+    print("|" + "---|" * 7)
     for tokens in (2048, 4096, 8192, 16384):
         parts = estimate(config, tokens)
         row = [f"{parts[name] / 1e9:.1f}" for name in ("weights", "adapters", "checkpoints", "one layer", "mask")]
@@ -190,8 +202,10 @@ def table(config):
 
 
 def main():
+    prepare_machine()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a Llama-shaped config.json (default: Llama-3.1-8B; small on a CPU)")
+    parser.add_argument("--config", type=Path,
+                        help="a Llama-shaped config.json (default: Llama-3.1-8B; small on a CPU)")
     parser.add_argument("--stage", choices=("critic", "policy"), default="critic")
     parser.add_argument("--tokens", type=int, help="in one forward pass (default: 8192; on a CPU 3072)")
     parser.add_argument("--table", action="store_true", help="print the computed table for both stages")
@@ -202,7 +216,8 @@ def main():
     config._attn_implementation = "sdpa"
     if args.table:
         return table(config)
-    if not on_gpu and os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:  # freed tensors go back to the system: the peak is exact
+    # freed tensors go back to the system: the peak is exact
+    if not on_gpu and os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
     tokens = args.tokens or (8192 if on_gpu else 3072)
@@ -213,7 +228,8 @@ def main():
     if not on_gpu:  # what is there before the step is not in the measurement
         expected -= parts["weights"] + parts["adapters"] * 3 / 4  # the gradients come with the step
     device = torch.cuda.get_device_name() if on_gpu else "CPU, what the step adds"
-    print(f"{args.stage}, {tokens} tokens at once, {device}: {peak / 1e9:.3f} GB measured, {expected / 1e9:.3f} GB computed "
+    print(f"{args.stage}, {tokens} tokens at once, {device}: "
+          f"{peak / 1e9:.3f} GB measured, {expected / 1e9:.3f} GB computed "
           f"({peak / expected - 1:+.0%}), {speed:.0f} tokens/s, loss {loss:.4f}")
     print("computed parts in GB: " + ", ".join(f"{name} {value / 1e9:.3f}" for name, value in parts.items()))
     if abs(peak / expected - 1) > TOLERANCE:

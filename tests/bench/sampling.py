@@ -1,11 +1,12 @@
-"""Sampling 16 candidates from one prompt: LocalChat.sample against 16 rows of transformers' generate, and against its continuous
-batching (generate_batch, which forks the prompt's cache), in one run.
+"""Sampling 16 candidates from one prompt: LocalChat.sample against 16 rows of transformers' generate, and against its
+continuous batching (generate_batch, which forks the prompt's cache), in one run.
 
-    python tests/bench/sampling.py                                    # 400-token prompt, 60 new tokens; a Llama of random weights, CPU
+    python tests/bench/sampling.py                    # 400-token prompt, 60 new tokens; random weights, CPU
     python tests/bench/sampling.py --model meta-llama/Llama-3.1-8B-Instruct --load-in-4bit             # on a GPU
 
-None stops early: all make rows x tokens new tokens, and the tokens are counted. At temperature 0 ours and generate must give the same text. At
-temperature 1 the draws differ by design (ours has a seed for each row, continuous batching has none). Also printed: throughput in new tokens a second.
+None stops early: all make rows x tokens new tokens, and the tokens are counted. At temperature 0 ours and generate must
+give the same text. At temperature 1 the draws differ by design (ours has a seed for each row, continuous batching has
+none). Also printed: throughput in new tokens a second.
 """
 
 import argparse
@@ -18,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from colbench.model import encode_dialogue, load_model, load_tokenizer
-from colbench.sampling import LocalChat
+from colbench.lm.load import load_model, load_tokenizer, prepare_machine
+from colbench.lm.sampling import LocalChat
+from colbench.lm.tokens import encode_dialogue
 
 
 def best_of(repeats, function):
@@ -35,6 +37,7 @@ def best_of(repeats, function):
 
 
 def main():
+    prepare_machine()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder (default: random weights of --hidden and --layers)")
     parser.add_argument("--load-in-4bit", action="store_true")
@@ -52,9 +55,9 @@ def main():
         model = load_model(args.model, args.load_in_4bit)
     else:
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, tie_word_embeddings=True,
-            num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64,
-            initializer_range=0.05, max_position_embeddings=16384)).eval()
+            vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+            tie_word_embeddings=True, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+            num_key_value_heads=args.hidden // 64, initializer_range=0.05, max_position_embeddings=16384)).eval()
     words = 0
     messages = lambda: [{"role": "user", "content": "toll " * words}]  # noqa: E731
     while len(encode_dialogue(tokenizer, messages())[0]) < args.prompt:
@@ -66,8 +69,9 @@ def main():
 
     def generate(**settings):
         with torch.inference_mode():
-            return model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=args.tokens, min_new_tokens=args.tokens,
-                                  pad_token_id=0, eos_token_id=None, **settings)[:, len(prompt):].tolist()
+            return model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=args.tokens,
+                                  min_new_tokens=args.tokens, pad_token_id=0, eos_token_id=None,
+                                  **settings)[:, len(prompt):].tolist()
 
     def continuous():
         config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=args.rows,
@@ -90,9 +94,12 @@ def main():
     [result], fast = best_of(args.repeats, lambda: chat.sample([messages()], [seeds], max_new_tokens=args.tokens))
     assert [reply.tokens for reply in result] == [args.tokens] * args.rows
     new = args.rows * args.tokens
-    print(f"prompt {len(prompt)} tokens, {args.rows} rows of {args.tokens}: generate {slow:.3f} s ({new / slow:.0f} tokens/s), "
-          f"continuous batching {forked:.3f} s ({new / forked:.0f} tokens/s), LocalChat.sample {fast:.3f} s ({new / fast:.0f} tokens/s)")
-    print(f"ratio to generate {slow / fast:.1f}, to continuous batching {forked / fast:.1f}; greedy tokens equal: {greedy == expected}")
+    print(f"prompt {len(prompt)} tokens, {args.rows} rows of {args.tokens}: "
+          f"generate {slow:.3f} s ({new / slow:.0f} tokens/s), "
+          f"continuous batching {forked:.3f} s ({new / forked:.0f} tokens/s), "
+          f"LocalChat.sample {fast:.3f} s ({new / fast:.0f} tokens/s)")
+    print(f"ratio to generate {slow / fast:.1f}, to continuous batching {forked / fast:.1f}; greedy tokens equal: "
+          f"{greedy == expected}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python tests/bench/scoring.py [TASKS] [--answers N]          # TASKS: mini:test (default) or a .jsonl file
 
-The released way, in our words: exec reference and answer in the scorer's own process, no isolation, SIGALRM of one second around
-each of the answer's calls; it runs the reference again for every answer. Answers are the references themselves in a fence, half of
-them with one number changed. Ours gives both scores, `fixed` and `official`, of each answer. Not a test: nothing is asserted.
+The released way, in our words: exec reference and answer in the scorer's own process, no isolation, SIGALRM of one
+second around each of the answer's calls; it runs the reference again for every answer. Answers are the references
+themselves in a fence, half of them with one number changed. Ours gives both scores, `fixed` and `official`, of each
+answer. Not a test: nothing is asserted.
 """
 
 import argparse
@@ -21,8 +22,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from colbench.scorer import Scorer  # noqa: E402
-from colbench.tasks import load_tasks  # noqa: E402
+from colbench.env.backend.score import Scorer  # noqa: E402
+from colbench.env.backend.tasks import load_tasks  # noqa: E402
 
 FENCE = "`" * 3
 
@@ -34,8 +35,8 @@ def late(*_):
 def released_way(job):
     """Calls passed, by the released evaluator's rules, here in this process."""
     reference, answer, calls = job
-    if any(word in answer for word in ("import os", "from os", "import sys", "from sys", "sudo", "transformers", "exit(", "quit(",
-                                       "argparse")):
+    if any(word in answer for word in ("import os", "from os", "import sys", "from sys", "sudo", "transformers",
+                                       "exit(", "quit(", "argparse")):
         return 0
     answer, passed = answer.split(FENCE + "python")[1].split(FENCE)[0], 0
     signal.signal(signal.SIGALRM, late)
@@ -74,7 +75,8 @@ def cpu_seconds(pairs):
     before = used()
     with Scorer(workers=2) as scorer:
         list(scorer.score_many(pairs))
-        for zygote in scorer.zygotes:  # asked to leave, so that its children's time is counted; a killed one takes it along
+        # asked to leave, so that its children's time is counted; a killed one takes it along
+        for zygote in scorer.zygotes:
             zygote.control.close()
             zygote.process.wait()
     return used() - before
@@ -101,7 +103,8 @@ def main():
         warm = time.monotonic()
     once, twice = cpu_seconds(pairs), cpu_seconds(pairs + pairs)
     jobs = [(task["ground_truth"], answer, list(task["test_cases"].values())) for task, answer in pairs]
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.Pool(2, os.chdir, [folder]) as pool:  # a reference writes a file
+    # a reference writes a file
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.Pool(2, os.chdir, [folder]) as pool:
         pool.map(abs, range(2))
         begin = time.monotonic()
         theirs = pool.map(released_way, jobs, chunksize=8)
@@ -110,11 +113,14 @@ def main():
     n = len(pairs)
     agree = sum(ours["official"]["passed"] == passed for ours, passed in zip(first, theirs))
     print(f"{n} answers of {len(tasks)} tasks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    for name, seconds in ("released way, 2 processes", end - begin), ("ours, 2 workers, references cached", warm - cold):
+    for name, seconds in (("released way, 2 processes", end - begin),
+                          ("ours, 2 workers, references cached", warm - cold)):
         print(f"{name:34}  {n / seconds:8.0f} answers/s   {2000 * seconds / n:6.2f} ms of a core each")
-    print(f"ours, 2 workers, references too     {n / (cold - ready):8.0f} answers/s   (sandbox up in {ready - start:.2f} s)")
+    print(f"ours, 2 workers, references too     {n / (cold - ready):8.0f} answers/s   (sandbox up in "
+          f"{ready - start:.2f} s)")
     print(f"ours, CPU time of all processes, references cached: {1000 * (twice - once) / n:.2f} ms an answer")
-    print(f"ratio, cached: {(end - begin) / (warm - cold):.3f} of the released way's throughput; both scorings, in a sandbox")
+    print(f"ratio, cached: {(end - begin) / (warm - cold):.3f} of the released way's throughput; both scorings, in a "
+          "sandbox")
     print(f"`official` agrees with the released way on {agree} of {n} answers")
 
 

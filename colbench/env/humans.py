@@ -1,0 +1,168 @@
+"""Simulated humans: they know the hidden reference, the agent does not.
+
+Every human has `reply(tasks, histories, seeds) -> list[str | Exception]`:
+    tasks      B dicts with "problem_description" and "ground_truth" (the hidden reference)
+    histories  B dialogues so far, [{"role": "user" | "assistant", "content"}, …], the agent's message last
+    seeds      B ints
+It may have `leaked`, B bools: in which of its latest replies the first draft held code of the reference; `notes`, B
+dicts that are kept with the agent's messages (a screenshot); and `repeatable`, whether equal calls give equal replies.
+"""
+import io
+import re
+import tokenize
+from collections import namedtuple
+from functools import lru_cache
+
+from colbench.lm.server import ServerChat, is_address
+from colbench.run.errors import UserError
+from colbench.run.files import seed_of
+from colbench.run.settings import hide_password
+
+UNKNOWN = "I don't know."
+RUN = 32   # characters without blanks (about 40 with them) of verbatim code that are a leak
+LINE = 15  # the same for a whole line (about 20 with blanks)
+OUTSIDE = 10  # that many of them outside string constants: quoting a text of the reference is an answer, not a leak
+STRINGS = {value for name, value in vars(tokenize).items()
+           if name in ("STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END")}  # f-strings: Python 3.12 and later
+Code = namedtuple("Code", "headers runs lines")
+
+
+class ModelHuman:
+    """A chat model plays the human. `chat` is anything with `sample`: ServerChat, or the local model.
+
+    Replies are drawn at temperature 0 and cut at `max_characters` (400 in the released environment). One that leaks
+    (see `leaks`) is drawn again once at temperature 1; if that leaks too, it is cut there; `cuts` counts these.
+    `prompt` may hold {problem_description}, {hidden_information} and {dialogue_history}.
+    """
+
+    def __init__(self, chat, prompt, max_characters=400):
+        self.chat, self.max_characters, self.prompt = chat, max_characters, prompt
+        self.repeatable = getattr(chat, "repeatable", False)
+        self.replies = self.leaks = self.cuts = 0
+
+    def reply(self, tasks, histories, seeds):
+        """See the top of the file. A request that failed has its Exception in its place."""
+        prompts = [[{"role": "user", "content": self._prompt(*pair)}] for pair in zip(tasks, histories)]
+        references = [task["ground_truth"] for task in tasks]
+        drafts = self._draw(prompts, seeds, temperature=0.0)
+        leaking = [isinstance(draft, str) and leaks(draft, code) for draft, code in zip(drafts, references)]
+        again = [i for i, draft in enumerate(drafts) if leaking[i] or draft == ""]
+        if again:
+            other_seeds = [seed_of(seeds[i], "again") for i in again]
+            second = self._draw([prompts[i] for i in again], other_seeds, temperature=1.0)
+            for i, draft in zip(again, second):
+                if isinstance(draft, str) and draft:  # else the first draft is the best there is
+                    drafts[i] = draft
+                if leaks(drafts[i], references[i]):
+                    self.cuts += 1
+                    drafts[i] = cut_leak(drafts[i], references[i])
+                drafts[i] = drafts[i] or UNKNOWN
+        self.leaked = leaking
+        self.leaks += sum(leaking)
+        self.replies += sum(isinstance(draft, str) for draft in drafts)
+        return drafts
+
+    def _prompt(self, task, history):
+        names = {"user": "Human", "assistant": "Agent"}
+        dialogue = "\n\n".join(f"{names[message['role']]}: {message['content']}" for message in history)
+        return self.prompt.format(problem_description=task["problem_description"],
+                                  hidden_information=task["ground_truth"], dialogue_history=dialogue)
+
+    def _draw(self, prompts, seeds, temperature):
+        # English has about four characters a token: half the characters as tokens is ample
+        rows = self.chat.sample(prompts, [[seed] for seed in seeds], temperature=temperature,
+                                max_new_tokens=max(16, self.max_characters // 2))
+        return [row[0] if isinstance(row[0], Exception) else self._clean(row[0].text) for row in rows]
+
+    def _clean(self, text):
+        return re.sub(r"^\W*human\W*:\s*", "", text.strip(), flags=re.IGNORECASE)[:self.max_characters].strip()
+
+
+def chat_human(spec, chat, prompt, kinds, max_characters=400):
+    """The ModelHuman for `spec`: "self" plays on `chat`, the local model; else a server's address, http://…#MODEL.
+
+    kinds: what else --human takes in this environment, for the message of the UserError.
+    """
+    if spec == "self":
+        if chat is None:
+            raise UserError("human self: there is no local model that could play it")
+        return ModelHuman(chat, prompt, max_characters)
+    if is_address(spec):
+        server = ServerChat(spec)
+        server.check()
+        return ModelHuman(server, prompt, max_characters)
+    raise UserError(f"human {hide_password(spec)}: {kinds} is wanted")
+
+
+# ---- what counts as leaked code
+
+
+def leaks(reply, reference):
+    """Whether `reply` holds code of the reference. Blanks, line ends and case do not matter. Any of these is a leak:
+
+    - the header `def name(` of one of its functions,
+    - RUN characters in a row of its code, OUTSIDE of them outside string constants,
+    - a whole code line of LINE characters or more, OUTSIDE of them outside string constants, with an operator.
+    Comments, docstrings, string constants, numbers, names and a plain `name = 0.15` are answers. Code retold in other
+    names is not seen. A reference that is no Python (a page) is taken as code from end to end.
+    """
+    return _leak_at(reply, reference) is not None
+
+
+def cut_leak(reply, reference):
+    """`reply` up to its first leak, without the fence or quote that opens the code. May be ""."""
+    start = _leak_at(reply, reference)
+    if start is None:
+        return reply
+    return re.sub(r"```\w*\s*$", "", reply[:start]).rstrip("`\"'(: \n").strip()
+
+
+def _leak_at(reply, reference):
+    """Index in `reply` where the first leak starts, or None."""
+    code = _code(reference)
+    kept = [(i, low) for i, character in enumerate(reply) for low in character.lower() if not low.isspace()]
+    places, squeezed = [i for i, _ in kept], "".join(low for _, low in kept)
+    starts = [found.start() for header in code.headers if (found := header.search(reply))]
+    for line in code.lines:
+        at = squeezed.find(line)
+        if at >= 0:
+            starts.append(places[at])
+    for at in range(len(squeezed) - RUN + 1):
+        if squeezed[at:at + RUN] in code.runs:
+            starts.append(places[at])
+            break
+    return min(starts, default=None)
+
+
+@lru_cache(maxsize=256)  # each holds some 100 kB
+def _code(reference):
+    """The reference without blanks and comments: header patterns, all its runs of RUN characters, its long lines."""
+    pieces = {}  # row -> [(text without blanks, is it a string constant)]
+    for token in python_tokens(reference) or ():
+        text = "".join(token.string.split()).lower()
+        if text and token.type != tokenize.COMMENT:
+            pieces.setdefault(token.start[0], []).append((text, token.type in STRINGS))
+    if not pieces:
+        pieces = {row: [("".join(line.split()).lower(), False)] for row, line in enumerate(reference.splitlines())}
+    lines, whole, outside = set(), "", []
+    for row in sorted(pieces):
+        line = "".join(text for text, _ in pieces[row])
+        code = "".join(text for text, is_string in pieces[row] if not is_string)
+        plain = re.fullmatch(r"\w+=[-+]?[\w.]*", code)  # one constant or name
+        if len(line) >= LINE and len(code) >= OUTSIDE and re.search(r"[-+*/%<>=(\[{&|^~]", code) and not plain:
+            lines.add(line)
+        whole += line
+        for text, is_string in pieces[row]:
+            outside += [not is_string] * len(text)
+    runs = {whole[i:i + RUN] for i in range(len(whole) - RUN + 1) if sum(outside[i:i + RUN]) >= OUTSIDE}
+    names = re.findall(r"\bdef\s+(\w+)\s*\(", reference)
+    headers = [re.compile(rf"\bdef\s+{name}\s*\(", re.IGNORECASE) for name in names]
+    return Code(headers, runs, lines)
+
+
+def python_tokens(reference):
+    """Its Python tokens, or None if it is no Python."""
+    try:
+        return list(tokenize.generate_tokens(io.StringIO(reference).readline))
+    except (tokenize.TokenError, SyntaxError):
+        return None

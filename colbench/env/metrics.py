@@ -1,0 +1,61 @@
+"""Rates with intervals, and what is counted about dialogues in every environment."""
+import math
+
+import numpy as np
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval), for hits of n independent episodes."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, hits / n
+    middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - width) / (1 + z * z / n)), min(1.0, (middle + width) / (1 + z * z / n))
+
+
+def bootstrap(values, tasks) -> tuple[float, float]:
+    """95 % interval of a mean over episodes: percentiles of 10,000 means over resampled tasks.
+
+    Tasks, since episodes of one task are not independent. tasks: the id of each value's task. (0, 1) without values.
+    """
+    if not len(values):
+        return 0.0, 1.0
+    by_task = {}
+    for value, task in zip(values, tasks):
+        by_task.setdefault(task, []).append(float(value))
+    sums, counts = np.array([(sum(of_task), len(of_task)) for of_task in by_task.values()]).T
+    rows = np.random.default_rng(0).integers(len(sums), size=(10_000, len(sums)))
+    low, high = np.percentile(sums[rows].sum(1) / counts[rows].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired(pairs: list[tuple[float, float]], tasks: list[str]) -> tuple[float, tuple[float, float]]:
+    """(mean difference, its 95 % interval) of pairs of values, one pair an episode of a task."""
+    differences = [float(a) - float(b) for a, b in pairs]
+    return float(np.mean(differences)), bootstrap(differences, tasks)
+
+
+def success_rate(wins: list[bool], tasks: list[str]) -> dict:
+    """{"success", "success_95"}. The interval is over tasks: Wilson's where each was played once, else a bootstrap."""
+    rate, n = sum(wins) / max(1, len(wins)), len({*tasks})
+    resampled = n < len(tasks) and 0 < rate < 1  # a bootstrap of equal outcomes has no width
+    interval = bootstrap(wins, tasks) if resampled else wilson(sum(wins) * n / max(1, len(tasks)), n)
+    return {"success": rate, "success_95": interval}
+
+
+def dialogue_metrics(sound: list[dict]) -> dict:
+    """What is counted of episodes without an error.
+
+    turns (agent messages an episode), tokens_a_message (as the agent's model counts them), answered_at_limit (share of
+    episodes whose last turn came without an answer).
+    """
+    n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
+    tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
+    return {"turns": len(said) / n, "tokens_a_message": sum(tokens) / max(1, len(tokens)),
+            "answered_at_limit": sum(line["outcome"] == "limit" for line in sound) / n}
+
+
+def leak_rate(sound: list[dict]) -> float:
+    """Share of human replies whose first draft held code of the reference."""
+    replies = [m for line in sound for m in line["dialogue_history"][1:] if m["role"] == "user"]
+    return sum(m.get("leaked", False) for m in replies) / max(1, len(replies))

@@ -1,0 +1,194 @@
+"""Log-probs of messages that share their prompt, in one forward pass. No learning: losses are in the scripts."""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from colbench.lm.adapters import base_of
+from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
+
+LOGITS_AT_ONCE = 2**26  # of message_logps: 256 MB in float32, 523 positions of a 128k vocabulary
+
+
+class Tree(NamedTuple):
+    """Messages that share their prompt.
+
+    Those inside the trunk that `spans` [start, end) name, then the `leaves`, each of which follows the whole trunk.
+    A trajectory is a trunk with its agent turns as spans. A state with candidates is a trunk without spans and the
+    candidates as leaves, so its prompt is computed once.
+    """
+
+    trunk: list[int]
+    spans: list[tuple[int, int]]
+    leaves: list[list[int]]
+
+
+def tree_tokens(tree: Tree) -> int:
+    """Tokens that a tree takes in message_logps."""
+    trunk, _, leaves = tree
+    return len(trunk) + sum(len(leaf) for leaf in leaves)
+
+
+def dialogue_tree(tokenizer, messages: list[dict]) -> Tree:
+    """The tree of a whole dialogue: its agent's messages are the spans."""
+    return Tree(*encode_dialogue(tokenizer, messages), [])
+
+
+def message_logps(model, trees: list[Tree]) -> list[list[torch.Tensor]]:
+    """Log-probs of the tokens of every message of some trees, in one forward pass; differentiable.
+
+    Returns per tree a list of (tokens in the message,) float32 tensors: spans first, then leaves.
+    """
+    hidden, _, predict, lengths = _last_layer(model, trees)
+    base, hidden = base_of(model), hidden[predict]  # (tokens of all messages, hidden size)
+    targets = [token for trunk, spans, leaves in trees
+               for message in [*(trunk[a:b] for a, b in spans), *leaves] for token in message]
+    chunk = max(1, LOGITS_AT_ONCE // base.get_output_embeddings().out_features)
+    parts = zip(hidden.split(chunk), torch.tensor(targets, device=base.device).split(chunk))
+    if any(p.requires_grad for p in base.get_output_embeddings().parameters()):  # all weights are trained
+        logps = torch.cat([checkpoint(_token_logps, base, *part, use_reentrant=False) for part in parts])
+    else:
+        logps = torch.cat([_FrozenHead.apply(base, *part) for part in parts])
+    per_message = iter(logps.split(lengths))
+    return [[next(per_message) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+
+
+def message_means(model, trees: list[Tree]) -> list[list[torch.Tensor]]:
+    """Like message_logps, but each message's mean of the last layer's output: (hidden size,) float32."""
+    hidden, places, _, lengths = _last_layer(model, trees)
+    per_message = iter(hidden[places].float().split(lengths))
+    return [[next(per_message).mean(0) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+
+
+def _last_layer(model, trees: list[Tree]):
+    """(last layer's output (tokens, hidden size), places of the messages' tokens, places one before, their lengths).
+
+    All trees lie in one row. A token sees its own tree's trunk, and its own leaf, up to itself: attention mask and
+    restarted positions see to that, and nothing is padded.
+    """
+    ids, positions, tree_of, leaf_of, places, predict, lengths = [], [], [], [], [], [], []
+    for t, (trunk, spans, leaves) in enumerate(trees):
+        offset = len(ids)
+        ids += trunk
+        positions += range(len(trunk))
+        tree_of += [t] * len(trunk)
+        leaf_of += [-1] * len(trunk)
+        for start, end in spans:
+            places += range(offset + start, offset + end)
+            predict += range(offset + start - 1, offset + end - 1)  # the output one place before a token predicts it
+            lengths.append(end - start)
+        for k, leaf in enumerate(leaves):
+            places += range(len(ids), len(ids) + len(leaf))
+            predict += [offset + len(trunk) - 1, *range(len(ids), len(ids) + len(leaf) - 1)]
+            lengths.append(len(leaf))
+            ids += leaf
+            positions += range(len(trunk), len(trunk) + len(leaf))
+            tree_of += [t] * len(leaf)
+            leaf_of += [k] * len(leaf)
+    base = base_of(model)
+    device = base.device
+    place, tree, leaf = torch.arange(len(ids), device=device), *torch.tensor([tree_of, leaf_of], device=device)
+    position = torch.tensor(positions, device=device)
+    same_leaf = (leaf == -1) | (leaf[:, None] == leaf)
+    visible = (tree[:, None] == tree) & same_leaf & (place[:, None] >= place)  # (query, key)
+    hidden = base.get_decoder()(
+        input_ids=torch.tensor([ids], device=device), position_ids=position[None],
+        attention_mask=attention_masks(base, visible[None], (position[:, None] - position)[None]), use_cache=False,
+    ).last_hidden_state[0]
+    return hidden, torch.tensor(places, device=device), torch.tensor(predict, device=device), lengths
+
+
+def attention_masks(base, visible: torch.Tensor, distance: torch.Tensor):
+    """What the decoder takes as attention mask for visible (rows, queries, keys).
+
+    It is `visible` itself, or kept to a window (Mistral) by the keys' distance from the query in positions, or one
+    mask for each kind of layer (Gemma).
+    """
+    config = base.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    masks = {"full_attention": visible}
+    if window:
+        masks["sliding_attention"] = visible & (distance < window)
+    for kind, mask in masks.items():
+        if config._attn_implementation == "eager":  # it adds the mask to the scores
+            mask = torch.zeros_like(mask, dtype=base.dtype).masked_fill(~mask, torch.finfo(base.dtype).min)
+        masks[kind] = mask[:, None]
+    return masks if window and kinds else list(masks.values())[-1]
+
+
+def _token_logps(base, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probs of targets (n,) given the last layer's output hidden (n, hidden size), float32 (n,).
+
+    Under `checkpoint` the logits (n, vocabulary) are dropped after the forward pass and computed again, chunk by
+    chunk, in the backward pass.
+    """
+    return -F.cross_entropy(logits_of(base, hidden), targets, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """_token_logps where the head itself is not trained.
+
+    A token's log-prob depends on its own row h of `hidden` alone, so its gradient is the number that arrives times
+    ∂ log p / ∂h = (onehot − softmax) W, which is made while the logits are at hand: nothing is computed twice, and
+    (n, hidden size) is all that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, base, hidden, targets):
+        with torch.set_grad_enabled(ctx.needs_input_grad[1]):
+            hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
+            logits = logits_of(base, hidden)
+        slope = logits.detach()
+        total = slope.logsumexp(-1, keepdim=True)
+        logps = slope.gather(-1, targets[:, None]) - total
+        if ctx.needs_input_grad[1]:
+            slope.sub_(total).exp_().neg_()  # −softmax, in the logits' memory
+            slope.scatter_add_(-1, targets[:, None], torch.ones_like(total))
+            ctx.save_for_backward(*torch.autograd.grad(logits, hidden, slope))
+        return logps[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        [slope] = ctx.saved_tensors
+        return None, (gradient[:, None] * slope).to(slope.dtype), None
+
+
+def logits_of(base, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's logits for rows of its last layer's output: (n, hidden size) -> (n, vocabulary) float32."""
+    config = base.config.get_text_config()
+    logits = base.get_output_embeddings()(hidden).float()
+    if (scale := getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)) != 1:  # Cohere; Granite
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def pack(sizes: list[int], budget: int) -> list[list[int]]:
+    """Indices of items in order, in groups whose sizes sum to at most `budget` (a larger item gets its own group)."""
+    groups, room = [], 0
+    for index, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(index)
+        room -= size
+    return groups
+
+
+def candidate_trees(tokenizer, states: list[tuple[list[dict], list[str]]], max_tokens: int,
+                    budget: int) -> list[tuple[int, Tree]]:
+    """[(number of the state, tree)] for states (messages, candidates): the prompt as trunk, candidates as leaves.
+
+    A state that takes more than `budget` tokens becomes several trees; one with a candidate that passes max_tokens
+    has none.
+    """
+    jobs, end_id = [], end_of_turn(tokenizer)
+    for number, (messages, candidates) in enumerate(states):
+        prompt, _ = encode_dialogue(tokenizer, messages)
+        leaves = [message_ids(tokenizer, text, end_id) for text in candidates]
+        if len(prompt) + max(map(len, leaves)) <= max_tokens:
+            for part in pack([len(leaf) for leaf in leaves], max(1, budget - len(prompt))):
+                jobs.append((number, Tree(prompt, [], [leaves[k] for k in part])))
+    return jobs

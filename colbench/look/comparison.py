@@ -1,0 +1,61 @@
+"""Finished runs against each other on the same tasks, pair by pair.
+
+    python -m colbench.look.comparison runs/four              # each policy of the run against its first
+    python -m colbench.look.comparison runs/a runs/b          # each policy of both against the first of runs/a
+
+Prints differences on the (task, sample) that both played, with 95 % bootstrap intervals over tasks, and wins, ties
+and losses.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from colbench.env.contract import environment_of_run
+from colbench.env.data import failed
+from colbench.env.metrics import paired
+from colbench.run.errors import UserError, run_main
+from colbench.run.files import read_jsonl
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a file of episodes")
+    compare_runs(parser.parse_args().runs)
+
+
+def compare_runs(runs: list[str]) -> None:
+    """Print, for every policy in RUN/episodes.jsonl of these runs, its difference to the first, by each measure."""
+    episodes, environments = {}, {}
+    for run in runs:
+        path = Path(run) / "episodes.jsonl" if Path(run).is_dir() else Path(run)
+        environment = environment_of_run(path.parent)
+        environments[environment.__module__, environment.__name__] = environment
+        for line in read_jsonl(path, ("policy", "id", "sample", "outcome")):
+            if not failed(line):
+                name = line["policy"] if len(runs) == 1 else f"{run}: {line['policy']}"
+                episodes.setdefault(name, {})[line["id"], line["sample"]] = line
+    if len(episodes) < 2:
+        raise UserError(f"{' '.join(runs)}: two policies at least are wanted, these files hold {len(episodes)}")
+    if len(environments) > 1:
+        raise UserError(f"{' '.join(runs)}: runs of different environments do not compare")
+    one, *others = episodes
+    for other in others:
+        shared = sorted(episodes[one].keys() & episodes[other].keys())
+        tasks = {task for task, _ in shared}
+        print(f"\n{other}  against  {one}: {len(shared)} episodes on {len(tasks)} tasks that both played")
+        for name, measure in environment.measures.items() if shared else ():
+            try:
+                pairs = [(float(measure(episodes[other][key])), float(measure(episodes[one][key]))) for key in shared]
+            except (KeyError, TypeError):
+                raise UserError(f"{' '.join(runs)}: scores of another environment than the settings say") from None
+            difference, (low, high) = paired(pairs, [task for task, _ in shared])
+            ties = sum(abs(a - b) < 1e-6 for a, b in pairs)
+            wins = sum(a > b and abs(a - b) >= 1e-6 for a, b in pairs)
+            print(f"  {name}  {np.mean([a for a, _ in pairs]):6.1%} - {np.mean([b for _, b in pairs]):6.1%} = "
+                  f"{difference:+7.1%}  [{low:+.1%}, {high:+.1%}]   "
+                  f"wins {wins}, ties {ties}, losses {len(pairs) - wins - ties}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,473 @@
+"""One HTML file to look at a run: results, training curves, every dialogue with the credit each turn got.
+
+    python -m colbench.look.report runs/tiny              # runs/tiny/report.html, at any time during the run
+    python -m colbench.look.report runs/a runs/b          # runs/a/report.html with both runs in every picture
+
+It shows what is there of trajectories.jsonl, preferences.jsonl, the training logs (*_log.jsonl), episodes.jsonl,
+metrics.json and advantages.jsonl (colbench.look.credit). The file needs no network and no other file but the
+screenshots of pages, which it names by relative paths. The same inputs give the same file.
+
+Everything an LLM wrote is data: JSON in which `<` cannot occur, put into the page as text nodes by the one script of
+report_page.html; a content security policy allows that script, by its hash, and nothing else.
+"""
+import argparse
+import base64
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from functools import partial
+from pathlib import Path
+from urllib.parse import quote
+
+from colbench.env.contract import environment_of_run
+from colbench.run.errors import UserError, run_main
+from colbench.run.files import dialogue_hash, write_aside
+
+PAGE = Path(__file__).with_name("report_page.html")
+MAX_TEXT = 20_000         # characters of one message or answer that are shown; the rest is counted
+MAX_LINES = 400           # lines of a text that are compared
+EVALUATION_BYTES = 14.5e6  # JSON of evaluation episodes in one report; what does not fit is left out and counted
+TRAINING_BYTES = 4e6      # the same for training trajectories
+MAX_TRAINING = 1_000      # trajectories shown, those with ranked candidates first
+POINTS = 300              # points of a curve; longer logs are averaged
+CURVES = ("loss", "rewards/accuracies", "margin", "rewards/chosen", "rewards/rejected")
+COLUMNS = {  # metric -> (heading, what it means); others are shown under their own name
+    "success": ("success", "share of episodes in which every hidden test call passed"),
+    "tests_passed": ("tests passed", "share of hidden test calls passed, mean over episodes"),
+    "similarity": ("similarity", "of the answer's picture to the reference's, cosine, mean over episodes"),
+    "win_rate": ("win rate", "share of answers closer to the reference than the opponent's; ties count half"),
+    "no_page": ("no page", "share of answers that could not be rendered"),
+    "turns": ("turns", "agent messages an episode"),
+    "tokens_a_message": ("tokens a message", "as the agent's model counts them"),
+    "answered_at_limit": ("at the limit", "share of episodes whose last turn came without the answer marker"),
+    "leak_rate": ("leaks", "share of human replies whose first draft held code of the reference"),
+    "episodes": ("episodes", "episodes that ended without an error"), "errors": ("errors", "dialogues that broke off"),
+}
+PERCENT = {"success", "tests_passed", "answered_at_limit", "leak_rate", "win_rate", "wins", "ties", "no_page"}
+
+
+def write_report(output, runs, metrics=None, episodes=None) -> Path:
+    """Write the report of some run folders to `output`. metrics ({policy: what evaluate.py knows of it}) and episodes
+    (rows) stand in for the files of the first run. UserError: nothing to show in a folder, or a broken line."""
+    output, runs = Path(output), [Path(run) for run in runs]
+    data = {"runs": [], "intro": [], "notes": [], "curves": [], "tasks": [], "systems": [], "episodes": [], "first": 0}
+    tables, index = [], {"tasks": {}, "systems": {}}
+    for number, run in enumerate(runs):
+        files = {name: rows_so_far(run / f"{name}.jsonl")
+                 for name in ("trajectories", "preferences", "episodes", "advantages")}
+        logs = {path.name.removesuffix("_log.jsonl"): rows_so_far(path) for path in sorted(run.glob("*_log.jsonl"))}
+        if episodes is not None and number == 0:
+            files["episodes"] = episodes
+        if not any(files.values()) and not any(logs.values()):
+            raise UserError(f"{run}: nothing to report: no episodes, trajectories, preferences or logs in it")
+        name = str(run) if len(runs) > 1 or run.name == "" else run.name
+        data["runs"].append(name)
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        for log, rows in logs.items():  # older runs hold policy logs of other names, such as rft_log.jsonl
+            stage = "critic" if log.startswith("critic") else "policy"
+            if rows:
+                data["curves"].append(curve(stage, prefix + log if log != stage else name, rows))
+        files["environment"] = environment_of_run(run)
+        found = metrics if metrics and number == 0 else metrics_so_far(run, files["environment"], files["episodes"])
+        tables += [(prefix + short_name(policy, run), values) for policy, values in found.items()]
+        base = os.path.relpath(run.resolve(), output.resolve().parent)
+        add_evaluation(data, index, files, prefix, run, base, EVALUATION_BYTES / len(runs))
+        add_training(data, index, files, prefix, run, base, TRAINING_BYTES / len(runs))
+    data["table"] = table(tables)
+    advantages = sorted(abs(a) for e in data["episodes"] for t in e["turns"]
+                        for a in [t.get("advantage"), *(c[1] for c in t.get("candidates", []))] if a is not None)
+    data["scale"] = advantages[int(0.95 * (len(advantages) - 1))] if advantages else 1.0  # full colour from here on
+    data["first"] = first_shown(data["episodes"])
+    intro = ("An agent talks with a simulated human who alone knows the reference; only the final answer is scored, by "
+             f"{environment_of_run(runs[0]).scored_by}.")
+    if advantages:
+        intro += (" The signed number beside a message is its advantage A(o, a, c): how much likelier, per token, the "
+                  "critic that sees the reference finds it than the base model does.")
+    data["intro"].append(intro)
+    page = PAGE.read_text(encoding="utf-8")
+    script = re.findall(r"<script>(.*?)</script>", page, re.S)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = page.replace("@HASH@", f"sha256-{digest}")
+    before, after = page.split("@DATA@")
+    write_aside(output, lambda temporary: temporary.write_text(before + embedded(data) + after, encoding="utf-8"))
+    return output
+
+
+def embedded(data) -> str:
+    """JSON that can stand in a script element: ASCII (lone surrogates and U+2028 are escapes), no `<`, `>` or `&`."""
+    try:
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # a loss that became NaN: JSON has none
+        text = json.dumps(finite(data), separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finite(value):
+    """`value` with null for every NaN and infinity in it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def rows_so_far(path: Path) -> list[dict]:
+    """Rows of a file that another process may be writing to: a torn last line is left alone. No such file: []."""
+    rows, broken = [], None
+    if path.exists():
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if broken:
+                    raise UserError(f"{path}:{broken}: not a JSON object; correct or delete this line")
+                try:
+                    row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+                except (ValueError, RecursionError):
+                    broken = number
+                    continue
+                if row is not None and not isinstance(row, dict):
+                    broken = number
+                elif row:
+                    rows.append(row)
+    return rows
+
+
+# ---- the table and the bars
+
+
+def metrics_so_far(run: Path, environment, episodes: list[dict]) -> dict:
+    """{policy: metrics} of metrics.json, or where an evaluation is still going on, from its episodes."""
+    path = run / "metrics.json"
+    if not path.exists():
+        return metrics_of_unfinished(environment, episodes)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["policies"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not what evaluate.py writes; delete it and run evaluate.py again") from None
+
+
+def metrics_of_unfinished(environment, episodes: list[dict]) -> dict:
+    """The same of an evaluation that is still going on."""
+    played = [line for line in episodes if "policy" in line]
+    try:
+        return {policy: environment.metrics([line for line in played if line["policy"] == policy])
+                for policy in dict.fromkeys(line["policy"] for line in played)}
+    except (KeyError, TypeError):  # of another environment, and nothing in the folder says which
+        return {}
+
+
+def table(tables: list[tuple[str, dict]]) -> dict:
+    """Rows, columns and charts for the page, from [(name, metrics)]. A number beside a NAME_95 has an interval."""
+    found, keys = [], {}
+    for name, metrics in tables:
+        flat = {}
+        for key, value in metrics.items():
+            single = {key: value, f"{key}_95": metrics.get(f"{key}_95")}
+            for mode, group in [(key.replace("_", " "), value) if isinstance(value, dict) else ("", single)]:
+                for metric, number in group.items():
+                    if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+                        flat[metric, mode] = (number, group.get(f"{metric}_95"))
+        found.append((name, flat))
+        keys |= dict.fromkeys(flat)
+    order = list(COLUMNS)
+    keys = sorted(keys, key=lambda k: order.index(k[0]) if k[0] in order else len(order))
+    rows = []
+    for name, flat in found:
+        cells = []
+        for key in keys:
+            number, interval = flat.get(key, (None, None))
+            interval = interval if isinstance(interval, (list, tuple)) and len(interval) == 2 else None
+            cells.append(None if number is None else {
+                "value": number, "text": shown_number(key[0], number), "interval": interval,
+                "interval_text": interval and " .. ".join(shown_number(key[0], end) for end in interval)})
+        rows.append({"name": name, "cells": cells})
+    charts = []
+    for metric in dict.fromkeys(metric for metric, _ in keys):
+        columns = [i for i, key in enumerate(keys) if key[0] == metric]
+        if any(row["cells"][i] and row["cells"][i]["interval"] for row in rows for i in columns):
+            title = COLUMNS.get(metric, (metric.replace("_", " "),))[0].capitalize()
+            charts.append({"title": f"{title}, 95 % interval", "columns": columns})
+    columns = [{"label": " \u00b7 ".join(filter(None, (COLUMNS.get(m, (m.replace("_", " "),))[0], mode))), "mode": mode,
+                "help": COLUMNS.get(m, (m, m))[1]} for m, mode in keys]
+    modes = {mode for _, mode in keys}
+    note = ("Both scorer modes: fixed runs the answer in one namespace, official applies the released code's scoping "
+            "and keyword rules." if {"fixed", "official"} <= modes else "")
+    return {"columns": columns, "rows": rows, "charts": charts, "note": note}
+
+
+def shown_number(metric: str, number: float) -> str:
+    if metric in PERCENT:
+        return f"{100 * number:.1f} %"
+    return f"{number:.0f}" if float(number).is_integer() else f"{number:.3g}" if abs(number) < 1 else f"{number:.1f}"
+
+
+def short_name(policy: str, run: Path) -> str:
+    """A policy's name without the folder of its run."""
+    try:
+        return str(Path(policy).relative_to(run))
+    except ValueError:
+        return policy
+
+
+# ---- curves
+
+
+def curve(stage: str, label: str, rows: list[dict]) -> dict:
+    """A training log for the page: for each of CURVES the values as logged and their running mean over a twentieth of
+    the steps, averaged to at most POINTS points."""
+    rows = [row for row in rows if isinstance(row.get("step"), (int, float))]
+    size = max(1, -(-len(rows) // POINTS))
+    width = max(1, len(rows) // 20)
+    values = {}
+    for name in CURVES:
+        column = [row.get(name) for row in rows]
+        column = [v if isinstance(v, (int, float)) and math.isfinite(v) else None for v in column]
+        if any(v is not None for v in column):
+            smooth = [mean(column[max(0, i - width):i + width + 1]) for i in range(len(column))]
+            values[name] = {"raw": buckets(column, size), "smooth": buckets(smooth, size)}
+    last = rows[-1] if rows else {}
+    facts = [f"{label}: {len(rows)} steps logged"]
+    if last.get("tokens_per_second"):
+        facts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
+    if last.get("peak_memory_gb"):
+        facts.append(f"peak memory {last['peak_memory_gb']:.1f} GB")
+    steps = [row["step"] for row in rows[::size]]
+    return {"stage": stage, "label": label, "steps": steps, "values": values, "note": ", ".join(facts)}
+
+
+def mean(values: list) -> float | None:
+    present = [v for v in values if v is not None]
+    return sum(present) / len(present) if present else None
+
+
+def buckets(values: list, size: int) -> list:
+    means = [mean(values[i:i + size]) for i in range(0, len(values), size)]
+    return [None if v is None else float(f"{v:.5g}") for v in means]
+
+
+# ---- dialogues
+
+
+def add_evaluation(data, index, files, prefix, run, base, room) -> None:
+    """Put the evaluation's episodes into `data`, task by task with all policies, until `room` bytes are used."""
+    credit = {(r["policy"], r["id"], r["sample"]): r for r in files["advantages"]}
+
+    def credit_of(line):  # not that of an earlier dialogue under the same name
+        row = credit.get((line.get("policy"), line.get("id"), line.get("sample")))
+        return row["turns"] if row and ("dialogue" not in row or row["dialogue"] == dialogue_hash(line)) else None
+
+    by_policy = {}
+    for line in files["episodes"]:
+        by_policy.setdefault(line.get("policy", "?"), []).append(line)
+    place = {id(line): i for lines in by_policy.values() for i, line in enumerate(lines)}
+    lines = sorted(files["episodes"], key=lambda line: place[id(line)])
+
+    def shown(line):
+        source = prefix + short_name(line.get("policy", "?"), run)
+        return shown_episode(data, index, files["environment"], line, source, base, credit_of(line), {})
+
+    fitting = fill(data, room, [partial(shown, line) for line in lines])
+    if fitting < len(lines):
+        data["notes"].append(f"{prefix}{len(lines) - fitting} of {len(lines)} episodes are left out to keep this file "
+                             f"small; {run / 'episodes.jsonl'} has them all.")
+
+
+def fill(data, room: float, makers) -> int:
+    """Add episodes to `data` while they and their new tasks fit into `room` bytes of JSON; returns how many fitted."""
+    for n, make in enumerate(makers):
+        tasks = len(data["tasks"])
+        episode = make()
+        room -= len(embedded(episode)) + sum(len(embedded(task)) for task in data["tasks"][tasks:])
+        if room < 0:
+            return n
+        data["episodes"].append(episode)
+    return n + 1 if makers else 0
+
+
+def add_training(data, index, files, prefix, run, base, room) -> None:
+    """Put training trajectories into `data`, those with ranked candidates first; where their own file is missing, the
+    states of preferences.jsonl as they are."""
+    ranked = {}
+    for row in files["preferences"]:
+        if row.get("candidates") and len(row["candidates"]) == len(row.get("advantages", ())):
+            ranked.setdefault((row["id"], row["sample"]), {})[row["turn"]] = row
+    source, lines = prefix + "training", files["trajectories"]
+    if not lines:
+        source, lines = prefix + "preferences", [
+            {"id": row["id"], "sample": row["sample"], "outcome": "", "answer": None,
+             "system": row["messages"][0]["content"],
+             "task": {"problem_description": row["messages"][1]["content"], "ground_truth": "", "test_cases": {}},
+             "dialogue_history": row["messages"][1:] + [{"role": "assistant", "content": None}]}
+            for of_trajectory in ranked.values() for row in of_trajectory.values()]
+    lines = sorted(lines, key=lambda line: (line.get("id"), line.get("sample")) not in ranked)
+
+    def shown(line):
+        states = ranked.get((line.get("id"), line.get("sample")), {})
+        return shown_episode(data, index, files["environment"], line, source, base, None, states)
+
+    fitting = fill(data, room, [partial(shown, line) for line in lines[:MAX_TRAINING]])
+    if fitting < len(lines):
+        data["notes"].append(f"{prefix}{fitting} of {len(lines)} training dialogues are shown, those with ranked "
+                             "candidates first.")
+
+
+def shown_episode(data, index, environment, line, source, base, credit, ranked) -> dict:
+    """One line of episodes.jsonl or trajectories.jsonl as the page shows it. credit: the turns of its line in
+    advantages.jsonl; ranked: {turn: line of preferences.jsonl}."""
+    task = line["task"]
+    number = task_number(data, index, task, line.get("id") or task.get("id") or "", base)
+    turns, n = [], 0
+    for message in line["dialogue_history"]:
+        turn = {"role": message["role"], **cut(message["content"])}
+        n += message["role"] == "assistant"
+        if message["role"] == "assistant":
+            if message.get("tokens"):
+                turn["tokens"] = message["tokens"]
+            output = str(message.get("output") or "")
+            thinking = output.removesuffix(str(message["content"])).removesuffix("OUTPUT:").strip()
+            if "OUTPUT:" in str(message.get("output")) and thinking:
+                turn["thinking"] = cut(thinking)["text"]
+            state = ranked.get(n)
+            texts, advantages = (state["candidates"], state["advantages"]) if state else (
+                message.get("candidates"), message.get("advantages"))
+            if texts and isinstance(advantages, list) and len(texts) == len(advantages):
+                turn["candidates"] = ranking(texts, advantages, message)
+                played = [c[1] for c in turn["candidates"] if c[2]]
+                if played and played[0] is not None:
+                    turn["advantage"] = played[0]
+            if credit and n <= len(credit):
+                turn["advantage"] = plain(credit[n - 1]["advantage"])
+                # lengths and hundredths: they are short in the page
+                ends = [0, *(end for end, _ in credit[n - 1]["ratios"])]
+                turn["tokens_long"] = [max(0, end - start) for start, end in zip(ends, ends[1:])]
+                turn["ratios"] = [round(100 * ratio) for _, ratio in credit[n - 1]["ratios"]]
+                if credit[n - 1].get("candidates"):
+                    turn["candidates"] = ranking(*zip(*credit[n - 1]["candidates"]), message)
+        if message.get("leaked"):
+            turn["leaked"] = True
+        if message.get("screenshot"):
+            turn["picture"] = address(message["screenshot"], base)
+        turns.append(turn)
+    score = environment.details(line)
+    if score.get("picture"):
+        turns[-1]["picture"] = address(score["picture"], base)
+    if score.get("reference_picture"):
+        data["tasks"][number]["picture"] = address(score["reference_picture"], base)
+    system = line.get("system")
+    if system is not None:
+        if system not in index["systems"]:
+            index["systems"][system] = len(data["systems"])
+            data["systems"].append(cut(system)["text"])
+        system = index["systems"][system]
+    episode = {"source": source, "task": number, "name": line.get("id") or "", "sample": line.get("sample") or 0,
+               "system": system, "outcome": str(line.get("outcome") or "answered")[:200], "reward": line.get("reward"),
+               "solved": None, "turns": turns, "leaked": any("leaked" in turn for turn in turns)}
+    if line.get("error") or episode["outcome"].startswith("error"):  # the dialogue broke off
+        episode["error"] = cut(line.get("error") or line["outcome"])["text"]
+    kept = ("solved", "share", "verdicts", "note", "measure", "official")
+    episode |= {name: score[name] for name in kept if name in score}
+    if "verdicts" in score:
+        episode["got"], expected = short_texts(score.get("got")), short_texts(score.get("expected"))
+        if data["tasks"][number].setdefault("expected", expected) != expected:
+            episode["expected"] = expected
+    elif environment.has_success and isinstance(line.get("reward"), (int, float)):
+        episode["solved"] = line["reward"] == 1
+    if line.get("answer") and task.get("ground_truth"):
+        episode["code"] = code_of(cut(line["answer"])["text"])
+        episode["diff"] = line_changes(data["tasks"][number]["reference"], episode["code"])
+    return episode
+
+
+def task_number(data, index, task: dict, name: str, base: str) -> int:
+    """The place of a task among the report's, each kept once."""
+    key = (name, task["problem_description"], task.get("ground_truth") or "")
+    if key not in index["tasks"]:
+        index["tasks"][key] = len(data["tasks"])
+        calls = task.get("test_cases")
+        data["tasks"].append({
+            "description": cut(task["problem_description"])["text"],
+            "reference": cut(task.get("ground_truth"))["text"] or "",
+            "calls": short_texts(calls.values()) if isinstance(calls, dict) else [], "picture": None})
+    return index["tasks"][key]
+
+
+def cut(text) -> dict:
+    """{"text"} of at most MAX_TEXT characters, with {"cut"}: how many are missing. None stays None."""
+    if text is None or len(str(text)) <= MAX_TEXT:
+        return {"text": text if text is None else str(text)}
+    return {"text": str(text)[:MAX_TEXT], "cut": len(str(text)) - MAX_TEXT}
+
+
+def short_texts(values) -> list | None:
+    """Texts of at most 500 characters; None stays None, as a whole and inside."""
+    return None if values is None else [None if value is None else str(value)[:500] for value in values]
+
+
+def ranking(texts, advantages, message: dict) -> list:
+    """[(text, advantage, whether it was played)], best first."""
+    said = {str(message.get(name)).strip() for name in ("output", "content") if message.get(name) is not None}
+    rows = [[cut(text)["text"][:2000], plain(advantage), str(text).strip() in said]
+            for text, advantage in zip(texts, advantages)]
+    return sorted(rows, key=lambda row: -(row[1] if row[1] is not None else -math.inf))
+
+
+def plain(value) -> float | None:
+    return float(f"{value:.4g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def address(path, base: str) -> str | None:
+    """The relative address of a picture of a run; None for all but a plain file name below the run's folder."""
+    path = str(path)
+    plain_name = re.fullmatch(r"[^\\:?#\x00-\x1f]+\.(png|jpe?g|webp)", path)
+    if not plain_name or path.startswith("/") or ".." in path.split("/"):
+        return None
+    return quote(os.path.join("." if base == "." else base, path).removeprefix("./"), errors="replace")
+
+
+def first_shown(episodes: list[dict]) -> int:
+    """The episode that the page opens with: of the list's first, a solved dialogue with credit or candidates."""
+    def interest(i):
+        e = episodes[i]
+        agent = [t for t in e["turns"] if t["role"] == "assistant"]
+        credit = [t["advantage"] for t in agent if t.get("advantage") is not None]
+        ranked = any("candidates" in t for t in agent)
+        return (len(credit) > len(agent) / 2, e["solved"] is True, 4 <= len(agent) <= 7, ranked,
+                e["source"] != "base", max(credit, default=0) - min(credit, default=0), -i)
+    return max(range(min(len(episodes), 50)), key=interest, default=0)
+
+
+# ---- answer beside reference
+
+
+def code_of(answer: str) -> str:
+    """The fenced code of an answer, or the answer as it is."""
+    fenced = re.findall(r"^```[^\n`]*\n(.*?)^```", answer, re.S | re.M)
+    return "\n".join(block.rstrip("\n") for block in fenced) if fenced else answer
+
+
+def line_changes(reference: str, answer: str) -> list:
+    """difflib's [(tag, i1, i2, j1, j2)] between the lines of two texts; trailing comments and blanks do not count."""
+    def lines(text):
+        return [re.sub(r"\s*#[^'\"]*$", "", line).rstrip() for line in text.split("\n")]
+    one, other = lines(reference), lines(answer)
+    if len(one) > MAX_LINES or len(other) > MAX_LINES:  # difflib takes quadratic time on hostile texts
+        return [("replace", 0, min(len(one), MAX_LINES), 0, min(len(other), MAX_LINES))]
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    parser.add_argument("--output", help="(default: report.html in the first RUN)")
+    args = parser.parse_args()
+    for run in args.runs:
+        if not Path(run).is_dir():
+            raise UserError(f"{run}: no such folder")
+    path = write_report(args.output or Path(args.runs[0]) / "report.html", args.runs)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,141 @@
+"""The layout: rooms that import downwards, scripts that stand alone and within their limits, one contract for
+environments."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from colbench.env.contract import load_environment
+from colbench.run.errors import UserError
+from conftest import help_page
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("collect", "train_critic", "train_policy", "evaluate")
+ROOMS = ("run", "lm", "env", "train", "look")  # from the ground up
+TWENTY = ROOT / "tests" / "twenty_questions.py"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("colbench/**/*.py"))])
+def test_a_room_imports_only_rooms_below_it(path):
+    modules = imported(ROOT / path)
+    assert modules.isdisjoint(SCRIPTS)
+    parts = Path(path).parts
+    if len(parts) > 2:
+        allowed = ROOMS[:ROOMS.index(parts[1]) + 1]
+        assert {m.split(".")[1] for m in modules if m.startswith("colbench.")} <= {*allowed}
+    if parts[1] == "run":
+        assert not [m for m in modules if m.split(".")[0] in ("torch", "transformers", "numpy")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_imports_a_script_and_each_is_within_its_limits(script):
+    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    assert imported(ROOT / f"{script}.py").isdisjoint(SCRIPTS)
+    assert len(text.splitlines()) <= 300 and max(map(len, text.splitlines())) <= 110
+    assert not re.search(r"\bfrontend\b|args\.env\b *[=!]=", text.split('"""')[2])  # it never asks which it is
+    for env in ("backend", "frontend", str(TWENTY)):
+        assert 15 <= len(re.findall(r"^  --", help_page(script, env), re.MULTILINE)) <= 24
+
+
+def test_the_top_level_holds_what_the_card_has():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {path.split("/")[0] for path in tracked.split()}
+    assert {name for name in top if not name.startswith(".")} == {
+        "README.md", "requirements.txt", "colbench", "tests", *(f"{script}.py" for script in SCRIPTS)}
+
+
+def test_nothing_happens_at_import(tmp_path):
+    """Importing every module of the package leaves warnings, loggers and torch's settings as they were."""
+    modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in ROOT.glob("colbench/**/*.py")]
+    code = ("import logging, warnings, torch\n"
+            "import accelerate, transformers, tqdm, numpy, peft, playwright, PIL, openai\n"
+            "before = len(warnings.filters), logging.getLogger('bitsandbytes').level\n"
+            "tiny = torch.tensor([1e-40]) * 1\n"
+            f"for name in {modules}:\n"
+            "    __import__(name)\n"
+            "assert (torch.tensor([1e-40]) * 1 == tiny).all() and tiny.item() > 0\n"
+            "assert before == (len(warnings.filters), logging.getLogger('bitsandbytes').level)\n")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory):
+    """A run folder in which the four scripts played twenty questions, each alone in a folder with colbench/; the
+    table."""
+    home = tmp_path_factory.mktemp("twenty")
+    sizes = {"collect": "--n-tasks 8 --k 4 --max-turns 5 --n-candidates 6", "train_critic": "--epochs 1",
+             "train_policy": "--gap 0 --epochs 1", "evaluate": "--max-turns 5"}
+    for script, flags in sizes.items():
+        alone = home / script
+        shutil.copytree(ROOT / "colbench", alone / "colbench", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / f"{script}.py", alone)
+        command = [sys.executable, f"{script}.py", "--env", TWENTY, "--run", home / "run", *flags.split()]
+        done = subprocess.run(command, cwd=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return home / "run", done.stdout
+
+
+def test_twenty_questions_runs_through_all_four_scripts_each_alone(twenty):
+    folder, output = twenty
+    trajectories = [json.loads(line) for line in (folder / "trajectories.jsonl").open()]
+    replies = {m["content"] for t in trajectories for m in t["dialogue_history"][1:] if m["role"] == "user"}
+    assert len(trajectories) == 32 and "No." in replies
+    for t in trajectories:  # the score is the file's own
+        word = t["task"]["ground_truth"]
+        share = sum(letter in t["answer"].lower() for letter in set(word)) / len(set(word))
+        assert t["reward"] == pytest.approx(share / 10) and t["scores"] == {"letters": round(share, 3)}
+    prompts = [m["input"] for t in trajectories for m in t["dialogue_history"] if m["role"] == "assistant"]
+    assert all("thinks of a word. You have 5 messages" in prompt for prompt in prompts)
+    states = [json.loads(line) for line in (folder / "preferences.jsonl").open()]
+    assert states and all(len(s["candidates"]) == len(s["advantages"]) for s in states)
+    metrics = json.loads((folder / "metrics.json").read_text())["policies"]
+    assert set(metrics) == {"base", f"{folder}/policy"} and metrics["base"]["episodes"] == 10
+    episodes = [json.loads(line) for line in (folder / "episodes.jsonl").open()]
+    rewards = [e["reward"] for e in episodes if e["policy"] == "base"]
+    assert metrics["base"]["reward"] == pytest.approx(sum(rewards) / 10)
+    assert re.search(r"^ +found +success +95 % interval +reward +turns", output, re.MULTILINE)
+
+
+def test_what_people_look_at_works_on_it_too(twenty):
+    folder, _ = twenty
+    command = [sys.executable, "-m", "colbench.look.comparison", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "10 episodes on 10 tasks" in done.stdout and "reward" in done.stdout
+    (folder / "report.html").unlink()
+    subprocess.run([sys.executable, "-m", "colbench.look.report", folder], cwd=ROOT, check=True, capture_output=True)
+    assert "I am thinking of a word with" in (folder / "report.html").read_text()
+
+
+def test_a_file_that_is_no_environment_is_refused_in_one_line(tmp_path):
+    cases = {"class A: pass": "one class that extends", "import nothing_like_it": "does not load: ModuleNotFoundError",
+             "def (": "does not load: SyntaxError", "raise SystemExit(3)": "does not load: SystemExit"}
+    for i, (text, words) in enumerate(cases.items()):
+        path = tmp_path / f"file{i}.py"
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            load_environment(str(path))
+    with pytest.raises(UserError, match="backend, frontend or an existing FILE.py"):
+        load_environment("no_such.py")
+    path.write_text("from colbench.env.contract import Environment\nclass A(Environment):\n    pass\n")
+    (tmp_path / "tasks.jsonl").write_text('{"problem_description": "x", "ground_truth": "y"}\n')
+    flags = ["--env", path, "--run", tmp_path / "run", "--tasks", tmp_path / "tasks.jsonl"]
+    command = [sys.executable, "collect.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "give it a method `human`" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "trajectories.jsonl").read_text()

@@ -1,0 +1,70 @@
+"""Twenty questions as an environment of one's own: somebody thinks of a word, the agent asks what can be answered by
+yes or no, then says the word. One file beside the scripts is all it takes:
+
+    for script in collect train_critic train_policy evaluate; do python $script.py --env tests/twenty_questions.py; done
+
+The embedded model was taught another game and never learns to win this one; --model takes one that can play.
+"""
+import random
+import re
+
+from colbench.env.contract import Environment, percent
+
+WORDS = ("acorn apple bridge candle dolphin engine feather guitar hammer island jacket kettle ladder mirror needle "
+         "orchard pencil quilt rabbit saddle teapot umbrella violin window yoghurt zebra anchor basket desk").split()
+
+
+class Answerer:
+    """The human. `reply` is all that is needed; `repeatable` says that equal calls get equal replies."""
+
+    repeatable = True
+
+    def reply(self, tasks, histories, seeds):
+        """One text for each dialogue; the agent's question is the last message of it."""
+        return [self.answer(task["ground_truth"], history[-1]["content"].lower())
+                for task, history in zip(tasks, histories)]
+
+    def answer(self, word, question):
+        """Is it a WORD? Does it have the letter X? How long is it, more than N letters?"""
+        if word in question:
+            return "Yes, that is it!"
+        if letter := re.search(r"letter ([a-z])\b", question):
+            return "Yes." if letter[1] in word else "No."
+        if number := re.search(r"more than (\d+) letters", question):
+            return "Yes." if len(word) > int(number[1]) else "No."
+        return "No."
+
+
+class TwentyQuestions(Environment):
+    """Reward: 1 for the word; else a tenth of the share of its letters that the answer holds, so that tries
+    differ."""
+
+    prompt = ("Somebody thinks of a word. You have {max_turns} messages. Ask one question at a time that can be "
+              "answered by yes or no; when you know the word, say it behind \"I WANT TO ANSWER:\".")
+    presets = {
+        "collect": {"tiny": dict(tasks="train", n_tasks=18, k=6, candidate_share=0.3)},
+        "train_critic": {"tiny": dict(min_gap=0.0)},
+        "evaluate": {"tiny": dict(tasks="test", n_tasks=10)},
+    }
+    columns = {"found": percent("success")} | Environment.columns
+
+    @classmethod
+    def tasks(cls, source, limit=None):
+        """"train" and "test" hold different words; any other source is a file in the published format."""
+        if source not in ("train", "test"):
+            return super().tasks(source, limit)
+        words = random.Random(0).sample(WORDS, len(WORDS))
+        words = words[:18] if source == "train" else words[18:]
+        return [{"id": f"word-{word}", "problem_description": f"I am thinking of a word with {len(word)} letters.",
+                 "ground_truth": word} for word in words[:limit]]
+
+    def human(self, spec, chat=None):
+        """There is one kind."""
+        return Answerer()
+
+    def score(self, pairs):
+        """(reward, what else is kept) of each (task, answer)."""
+        for task, answer in pairs:
+            word, said = task["ground_truth"], answer.lower()
+            share = sum(letter in said for letter in set(word)) / len(set(word))
+            yield (1.0 if re.search(rf"\b{word}\b", said) else share / 10), {"letters": round(share, 3)}
