@@ -19,9 +19,10 @@ import sys
 import threading
 
 import psutil
+from playwright.async_api import Error, async_playwright
+
 from colbench.env.frontend.layout import LAYOUT
 from colbench.env.frontend.resources import SHEET, asset, needs_scripts, placeholder, play_script, tailwind_sheet
-from playwright.async_api import Error, async_playwright
 
 VIEWPORT = {"width": 1366, "height": 768}  # headless Firefox's default window, in which the released code renders
 LARGEST = (2000, 10000)  # px, width and height of a picture; a page may ask for 60,000 x 100,000
@@ -157,7 +158,7 @@ def _ignore(coroutine):
 def kill_descendants() -> None:
     """Kill everything below this process, again until nothing is left: what forks meanwhile is found the next time."""
     me = psutil.Process()
-    while found := [p for p in me.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
+    while found := [process for process in me.children(recursive=True) if is_alive(process)]:
         for process in found:
             try:
                 process.kill()
@@ -165,12 +166,22 @@ def kill_descendants() -> None:
                 pass
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; it may be gone since it was listed."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 def read_requests(loop, queue) -> None:
     """Runs in a thread, so that the end of stdin (the parent is gone) ends everything even while a page hangs."""
-    for line in sys.stdin.buffer:
-        loop.call_soon_threadsafe(queue.put_nowait, json.loads(line))
-    kill_descendants()
-    os._exit(0)
+    try:
+        for line in sys.stdin.buffer:
+            loop.call_soon_threadsafe(queue.put_nowait, json.loads(line))
+        kill_descendants()
+    finally:
+        os._exit(0)
 
 
 def say(row: dict) -> None:
