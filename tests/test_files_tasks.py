@@ -217,9 +217,17 @@ def test_seeds_are_the_same_everywhere_and_differ(tmp_path):
     assert len(seeds) == 2700 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
 
 
+def met_during(interrupt):
+    """What torch.save raises where Ctrl-C leaves it with half a file."""
+    error = RuntimeError("unexpected pos 5292224 vs 5292116")
+    error.__context__ = interrupt
+    return error
+
+
 @pytest.mark.parametrize("raised, code, says", [
     (UserError("tasks.jsonl:17: not\nvalid"), 2, "error: tasks.jsonl:17: not valid\n"),
     (KeyboardInterrupt(), 130, "interrupted: the same command goes on from here\n"),
+    (met_during(KeyboardInterrupt()), 130, "interrupted: the same command goes on from here\n"),
     (PermissionError(13, "Permission denied", "/there/run"), 2, "error: /there/run: Permission denied\n"),
     (OSError(28, "No space left on device"), 2, "error: output: No space left on device\n"),
 ])

@@ -3,6 +3,8 @@ import errno
 import os
 import sys
 
+INTERRUPTED = "interrupted: the same command goes on from here"
+
 
 class UserError(Exception):
     """Bad input or a setting that cannot work. The message is one line that says what is wrong and what to do."""
@@ -19,15 +21,26 @@ def run_main(main, out_of_memory="less memory is needed"):
     except UserError as error:
         _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _leave("interrupted: the same command goes on from here", 130)
+        _leave(INTERRUPTED, 130)
     except BrokenPipeError:  # the reader of a pipe (`| head`) went away: end as quietly as a C program does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except Exception as error:
+        if _met_while_interrupted(error):
+            _leave(INTERRUPTED, 130)
         reason = _outer_cause(error, out_of_memory)
         if reason is None:
             raise
         _leave(f"error: {reason}", 2)
+
+
+def _met_while_interrupted(error):
+    """Whether it is what a library stumbled over when Ctrl-C came, such as torch.save with half a file."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _outer_cause(error, out_of_memory):
