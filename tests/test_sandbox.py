@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from colbench.env.backend import sandbox
-from colbench.env.backend.score import Scorer, share
+from colbench.env.backend.score import OfficialArray, Scorer, judge, nested_list, read, share
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in sandbox.CALLS, reason="Linux only")
@@ -293,6 +293,21 @@ HANGS = {
         "def f(x):\n  import threading\n  def loop():\n    while True: pass\n"
         "  [threading.Thread(target=loop).start() for _ in range(20)]\n  loop()",
     "input from the terminal": "def f(x):\n  import os\n  return os.read(3, 1)",
+    "late death": "def f(x):\n  import time\n  time.sleep(0.9)\n  __import__('os')._exit(1)",
+    "an alarm of its own":
+        "def f(x):\n  import signal\n  signal.signal(14, lambda *a: None)\n  signal.setitimer(0, 0.01, 0.01)\n"
+        "  while True: pass",
+    "recursion that catches its end":
+        "def f(x):\n  while True:\n    try: f(x)\n    except BaseException: pass",
+    "a result that takes its time": "def f(x): return [10 ** 100_000] * 90_000",
+    "handlers at exit": "import atexit, time\natexit.register(time.sleep, 60)\ndef f(x):\n  while True: pass",
+    "imports in every child": "import asyncio, sqlite3, unittest.mock, xml.dom.minidom\ndef f(x):\n"
+                              "  while True: pass",
+    "loop without the module's names":  # in the official mode alone
+        "def g(): return 1\ndef f(x):\n  while True:\n    try: return g()\n    except NameError: pass",
+    "loop in the first fence":  # the same
+        "```python\ndef f(x):\n  while True: pass\n```\n```python\ndef f(x):\n  return 1\n```",
+    "fences without an end": "```\n~~~\n" * 20_000,
 }
 
 
@@ -373,7 +388,54 @@ def test_hang_ends(scorer, name):
     assert outcomes[0][0] in ("timed out", "died", "raised", "value") and outcomes[0] != ("value", b"true")
     if name in ("loop", "sleep", "deadlock", "power in C", "regular expression"):
         assert outcomes == [("timed out", b""), ("value", b"1")]  # the next call goes on
+    start, calls = time.monotonic(), [f"f({k})" for k in range(10)]
+    outcomes = scorer.zygotes[1].run({mode: HANGS[name] for mode in ("fixed", "official")}, calls, 0.1, total=0.5)
+    assert time.monotonic() - start < 1.0 and all(len(of_mode) == 10 for of_mode in outcomes.values())
     assert_still_scores(scorer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alarms off", "late death", "imports in every child", "loop in the first fence"])
+def test_hanging_answer_takes_at_most_11_seconds(scorer, name):
+    task = {"ground_truth": "def f(x): return x // 99 + 1", "test_cases": {str(k): f"f({k})" for k in range(10)}}
+    start = time.monotonic()
+    result = scorer.score(task, HANGS[name])
+    assert time.monotonic() - start < 11
+    assert result["fixed"]["passed"] == (10 if name == "loop in the first fence" else 0)
+
+
+@pytest.mark.parametrize("first, last, times", [
+    ("", "", 1), ("import time\n", "\nif __name__ == '__main__':\n    f(9)", 1), ("", "\nprint(f(0))", 1),
+    ("def g(x):\n    return x\n", "", 1), ("", "\ndef g(x):\n    return f(x)", 2)])
+def test_slow_answer_runs_once(scorer, first, last, times):
+    """Where both modes run the same program; twice where a function may look for a name that one mode does not find."""
+    code = f"{first}def f(x):\n    import time\n    time.sleep(0.1 if x else 0)\n    return x + 1{last}"
+    start, calls = time.monotonic(), [f"f({k})" for k in range(1, 11)]
+    outcomes = scorer.zygotes[1].run({"official": code, "fixed": code}, calls, 1.0)
+    seconds = time.monotonic() - start - sandbox.SLOW_S
+    assert outcomes["official"] == outcomes["fixed"] == [("value", str(k + 1).encode()) for k in range(1, 11)]
+    assert times < seconds < times + 0.9
+
+
+def test_what_time_is_left_goes_first_to_calls_that_end(scorer):
+    """The fixed mode has its due whatever the official one does, and that one's calls that end in both come first."""
+    loops = "def f(x):\n    try:\n        while x < 4: pass\n    except TimeoutError: pass\n    return x"
+    calls = [f"f({k})" for k in range(8)]
+    outcomes = scorer.zygotes[1].run({"official": loops, "fixed": loops}, calls, 0.3, total=1.7)
+    ends = [("timed out", b"")] * 4 + [("value", str(k).encode()) for k in range(4, 8)]
+    assert outcomes == {"official": ends, "fixed": ends}
+    loops = "def f(x):\n    while True:\n        try: return g()\n        except NameError: pass\ndef g(): return 1"
+    outcomes = scorer.zygotes[1].run({"official": loops, "fixed": loops}, calls, 0.3, total=1.0)
+    assert outcomes == {"official": [("timed out", b"")] * 8, "fixed": [("value", b"1")] * 8}
+
+
+@pytest.mark.slow
+def test_hanging_reference_takes_at_most_22_seconds(scorer):
+    task = {"ground_truth": "def f(x):\n    while x: pass\n    return 1",
+            "test_cases": {str(k): f"f({k})" for k in range(10)}}
+    start = time.monotonic()
+    assert scorer.score(task, "def f(x): return 1")["fixed"]["calls"] == ["passed"] + ["no reference value"] * 9
+    assert time.monotonic() - start < 23
 
 
 @pytest.mark.parametrize("name", ["read the canary", "read the task files", "list the top folder", "temporary file",
@@ -414,7 +476,7 @@ def test_no_descriptor_leaks_into_a_child():
     zygote = sandbox.Zygote()
     code = "def f(n):\n  import os\n  found = []\n  for fd in range(n):\n    try:\n      os.fstat(fd)\n" \
            "      found.append(fd)\n    except OSError:\n      pass\n  return found"
-    assert zygote.run({"fixed": code}, ["f(2000)"], 3.0)["fixed"] == [("value", b'["list", 0, 1, 2, 3]')]
+    assert zygote.run({"fixed": code}, ["f(2000)"], 3.0)["fixed"] == [("value", b'[0, 1, 2, 3, ["list", 4]]')]
     zygote.close()
     assert len(files) == 300
 
@@ -591,4 +653,21 @@ def test_data_comes_back_the_same(value):
 def test_forged_fraction_is_not_written_out():
     """Fraction("1e999999999") as a text would take the parent's memory; data has two integers there."""
     with pytest.raises(TypeError):
-        sandbox.decode(["Fraction", "1e999999999"], None)
+        sandbox.decode([["Fraction", "1e999999999"]], None)
+
+
+@pytest.mark.parametrize("program", [
+    [["list", -1]], [["list", 1]], [1, 2], [1, ["list", None]], [1, ["list", [1]]], {"a": 1}, [{"a": 1}],
+    [["exec", "1"]], [["list"]], [1, ["dict", 1]], [["list", 0], ["set", 1]], [["list", 10**30]], [1, ["list", 0.5]],
+    [1, *[["tuple", 1]] * 50_000, ["set", 1]], [1, *[["frozenset", 1]] * 1000]], ids=lambda program: str(program)[:30])
+def test_forged_programs_are_no_result(program):
+    """Nor do they end the parent: 50,000 nested tuples would, once hashed."""
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        sandbox.decode(program, None)
+
+
+@pytest.mark.parametrize("array", [nested_list, OfficialArray])
+def test_forged_array_is_not_written_out(array):
+    forged = [10**9, ["tuple", 1], 0, 10**9, 1, ["range", 3], "int8", ["array", 3]]
+    expected = read(("value", json.dumps(sandbox.encode([1])).encode()), array)
+    assert judge(expected, ("value", json.dumps(forged).encode()), array) == "wrong"

@@ -1,13 +1,22 @@
 """Verdicts: hand-written ones for the fixed mode, a plain Python process that does what the released evaluator does for
 the official mode."""
+import collections
+import datetime
 import json
+import pathlib
 import subprocess
 import sys
 import threading
+import types
+import uuid
+from collections import Counter, OrderedDict, deque
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
-from colbench.env.backend.score import Scorer, share, success
+from colbench.env.backend import sandbox
+from colbench.env.backend.score import OfficialArray, Scorer, judge, nested_list, read, share, success
 
 DOUBLE = {"ground_truth": "def f(x):\n    return x * 2", "test_cases": {"a": "f(1)", "b": "f(-3)", "c": "f(2.5)"}}
 GOOD = "def f(x):\n    return x * 2"
@@ -65,6 +74,27 @@ WRAPPINGS = {
     "fence inside a docstring":
         f'{TICKS}python\ndef f(x):\n    """Use:\n    >>> f(1)  # {TICKS}x{TICKS}\n    """\n    return x * 2\n{TICKS}',
     "prose inside the fence's line": f"The code {TICKS}python\n{GOOD}\n{TICKS} is above.",
+    **{f"stray {word!r}": f"{word}\n{GOOD}" for word in (
+        "assistant", "python", "Sure", "Sure, here", "Python:", "f", "f(1)", "None", "return", "break", "await it",
+        "Note: this", "raise ValueError", "assert f(1) == 2", "import no_such_module", "x = undefined", "exit()",
+        "class A(Undefined): pass", "python\nfrom __future__ import annotations", "import math\nok")},
+    **{f"{words!r} on the code's line": f"{words} {GOOD}" for words in ("assistant", "Answer:", "Here's f (short):")},
+    "language and code on the fence's line": f"{TICKS}python {GOOD}\n{TICKS}",
+    "indented below prose": "Sure:\n\n    " + GOOD.replace("\n", "\n    ") + "\n\nDone.",
+    "examples that fail in between":
+        "def f(x):\n    return g(x)\nprint(f(1))\nassert f(1) == 3\ndef g(x):\n    return x * 2",
+    **{f"stub later: {stub!r}": f"{TICKS}python\n{GOOD}\n{TICKS}\nIts signature:\n{TICKS}python\n{stub}\n{TICKS}"
+       for stub in ("def f(x): ...", 'def f(x):\n    """Doubles x."""', "def f(x):\n    'x'\n    pass",
+                    "def f(x):\n    raise NotImplementedError('later')", "class f: ...",
+                    "async def f(x):\n    raise NotImplementedError", "def f(x):\n    # your code\n    return None",
+                    "from typing import overload\n@overload\ndef f(x: int) -> int: ...")},
+    "stub in the same block": f"{GOOD}\n\ndef f(x): ...",
+    "stub of a lambda": "f = lambda x: x * 2\ndef f(x): ...",
+    "stub of a class":
+        "class D:\n    def run(self, x):\n        return x * 2\ndef f(x):\n    return D().run(x)\n"
+        "class D:\n    'Doubles.'\n    def run(self, x):\n        raise NotImplementedError\n    def more(self): pass",
+    "stub first, in a fence, the code in prose": f"{TICKS}python\ndef f(x): ...\n{TICKS}\nAnd now:\n{GOOD}",
+    "stub first": f"def f(x): ...\n{GOOD}",
 }
 
 
@@ -187,7 +217,12 @@ EQUAL = [  # (reference, answer, verdict), both expressions for the body of f()
     ("2 ** 53 + 1", "float(2 ** 53)", "wrong"), ("'\\ud83d\\ude00'", "'\\U0001f600'", "wrong"),
     ("'é'", "'e\\u0301'", "wrong"),
     ("__import__('collections').Counter('aab')", "{'a': 2, 'b': 1}", "passed"),
-    ("__import__('collections').OrderedDict(a=1, b=2)", "__import__('collections').OrderedDict(b=2, a=1)", "passed"),
+    ("__import__('collections').OrderedDict(a=1, b=2)", "__import__('collections').OrderedDict(b=2, a=1)", "wrong"),
+    ("__import__('collections').OrderedDict(a=1, b=2)", "{'b': 2, 'a': 1}", "passed"),
+    ("__import__('collections').Counter(a=1, b=0)", "__import__('collections').Counter(a=1)", "passed"),
+    ("__import__('collections').Counter(a=1, b=0)", "{'a': 1}", "wrong"),
+    ("__import__('numpy').float32(0.1)", "0.1", "passed"), ("[__import__('numpy').float16(0.1)]", "[0.1]", "passed"),
+    ("__import__('numpy').float32(0.1)", "__import__('numpy').float64(0.1)", "wrong"),
     ("__import__('collections').defaultdict(list, a=[1])", "{'a': [1]}", "passed"),
     ("__import__('collections').deque([1])", "__import__('collections').deque([1], maxlen=3)", "passed"),
     ("__import__('collections').deque([1])", "[1]", "wrong"), ("range(3)", "range(0, 3)", "passed"),
@@ -224,6 +259,76 @@ def test_results_compare(scorer, reference, answer, verdict):
         pytest.importorskip("numpy")
     made = [f"def f():\n    return {expression}" for expression in (reference, answer)]
     assert scorer.score(task(made[0], "f()"), made[1])["fixed"]["calls"] == [verdict]
+
+
+def values():
+    """Values of every kind that travels, several equal to several others."""
+    day, hours = datetime.datetime(2024, 1, 2), datetime.timedelta(hours=2)
+    yield from (0, 1, True, 1.0, -0.0, 0.5, Decimal("0.5"), Fraction(1, 2), 1 + 0j, 0.5j, 2**53, 2**53 + 1, 2.0**53,
+                0.1, Decimal("0.1"), "a", b"a", bytearray(b"a"), memoryview(b"a"), collections.UserString("a"), "1",
+                None, [1], (1,), [True], collections.UserList([1.0]), collections.namedtuple("P", "x")(1), {1},
+                frozenset({1.0}), deque([1]), deque([1], maxlen=4), range(0), range(2, 2), range(1, 2), slice(1),
+                slice(None, 1, None), ..., {}, {1: 1}, {1: 2}.keys(), {1: 3}.keys(), {1: 2}.items(), {(1, 2)},
+                {1: [2]}.items(), {1: [2.0]}.items(), int, float, [int], float("nan"), Decimal("nan"), 10**400)
+    yield from (day, day.date(), day.replace(tzinfo=datetime.timezone.utc), day.time(), hours,
+                (day + hours).replace(tzinfo=datetime.timezone(hours)), datetime.timedelta(0, 7200),
+                datetime.timezone.utc, datetime.timezone(hours), uuid.UUID(int=1), uuid.UUID(int=2),
+                pathlib.PurePosixPath("a/b"), pathlib.PurePosixPath("a//b"), types.SimpleNamespace(a=1),
+                types.SimpleNamespace(a=True))
+    for order in ("ab", "ba"):
+        pairs = [(key, ord(key)) for key in order]
+        for kind in (dict, OrderedDict, lambda pairs: Counter(dict(pairs)), collections.UserDict,
+                     lambda pairs: collections.ChainMap(dict(pairs[:1]), dict(pairs[1:])),
+                     lambda pairs: types.MappingProxyType(dict(pairs)), lambda pairs: Counter({**dict(pairs), "c": 0}),
+                     lambda pairs: collections.defaultdict(int, pairs), lambda pairs: OrderedDict(pairs).keys()):
+            yield kind(pairs)
+    yield {"k": [1, (2, {3: {4}}, Counter())]}
+    yield OrderedDict(k=[1.0, (Fraction(2), {3.0: frozenset({4})}, Counter(z=0))])
+
+
+def numpy_values():
+    numpy = pytest.importorskip("numpy")
+    for name in ("float16", "float32", "float64", "complex64", "complex128"):
+        yield from (getattr(numpy, name)(value) for value in (0.1, 1, 2**11, float("inf"), float("nan")))
+    for name in ("int8", "uint16", "int32", "int64", "uint64", "bool_"):
+        yield getattr(numpy, name)(1)
+    yield from (numpy.int64(2**53 + 1), numpy.uint64(2**63), numpy.str_("a"), numpy.bytes_(b"a"), 2**63, 300, 1e300,
+                {"a": numpy.float32(0.1)}, {"a": 0.1}, {numpy.int8(1)}, {numpy.float32(0.1)}, {0.1}, 2**11 + 0.5,
+                (numpy.float32(0.1), "x"), (0.1, "x"), numpy.datetime64("2024-01-02"), numpy.timedelta64(2, "h"))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("array", [nested_list, OfficialArray])
+@pytest.mark.parametrize("more", [tuple, numpy_values])
+def test_equal_is_what_python_calls_equal(array, more):
+    """Every two of them, by Python's own == here and by what travels out of the sandbox."""
+    both = [(value, ("value", json.dumps(sandbox.encode(value)).encode())) for value in [*values(), *more()]]
+    wrong = []
+    for a, a_sent in both:
+        for b, b_sent in both:
+            try:
+                equal = a == b
+                if getattr(equal, "shape", ()) and array is nested_list:  # a number and a list of one
+                    equal = False
+                equal = bool(equal) and a is not None
+            except Exception:  # numpy's overflow, several truth values, no hash: nothing passes
+                equal = False
+            if (judge(read(a_sent, array), b_sent, array) == "passed") != equal:
+                wrong.append((a, b, equal))
+    assert wrong == [] and len(both) > 80
+
+
+@pytest.mark.parametrize("kind", ["[v]", "(v, 1)", "{'a': v}", "frozenset([v])", "{(1, 2): [v]}"])
+def test_nested_results(scorer, kind):
+    """As deep as Python compares; deeper ones are no result, and the scorer goes on."""
+    code = "def f(depth, last):\n    v = last\n    for _ in range(depth):\n        v = " + kind + "\n    return v"
+    deep = task(code, "f(300, 1)", "f(440, 1)", "f(5000, 1)", "f(60_000, 1)")
+    result = scorer.score(deep, code)
+    assert result["fixed"]["calls"] == ["passed"] * 2 + ["no reference value"] * 2 and result["official"]["passed"] == 2
+    other = code.replace("v = last", "v = last + 1")
+    assert scorer.score(deep, other)["fixed"]["calls"] == ["wrong"] * 2 + ["no reference value"] * 2
+    flat = task("def f(depth, last):\n    return 1", "f(5000, 1)", "f(60_000, 1)")
+    assert scorer.score(flat, code)["fixed"]["calls"] == ["refused"] * 2
 
 
 def test_partial_credit_and_helpers(scorer):
@@ -431,22 +536,56 @@ ANSWERS.update({
     "empty array": "def f(x):\n    import numpy\n    return numpy.array([])",
     "text": "def f(x):\n    return str(x * 2)",
 })
+ANSWERS.update({f"modes differ: {name}": code for name, code in {  # or do not, for all their looks
+    "raises": "def f(x):\n    return x * 2 if x > 0 else 1 / 0",
+    "helper for some": "def g(x):\n    return x * 2\ndef f(x):\n    return g(x) if x == 1 else x * 2",
+    "star import": "from math import *\ndef f(x):\n    return ldexp(x, 1)",
+    "an example raises": f"{GOOD}\n1 / 0",
+    "an example raises in a fence behind": f"{TICKS}python\n{GOOD}\n{TICKS}\n{TICKS}python\n1 / 0\n{TICKS}",
+    "another definition behind":
+        f"{TICKS}python\ndef f(x):\n    return x\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}",
+    "evaluator's locals": "def f(x, n=len(test_case)):\n    return x * 2",
+    "its own name": "def f(x):\n    return x * 2 if __name__ != 'answer' else None",
+    "global": "def f(x):\n    global own\n    own = globals().get('own', 0) + 1\n    return x * 2 if own > 1 else 0",
+    "global without a look": "def f(x):\n    global its\n    try:\n        its += 1\n    except NameError:\n"
+                             "        its = 1\n    return x * 2 if its > 1 else 0",
+    "class that knows itself": f"class C:\n    def k(self):\n        return C\n{GOOD}",
+    "class that uses a class": f"class C:\n    k = 2\nclass D:\n    k = C.k\n{GOOD}",
+    "main": f"{GOOD}\nif __name__ == '__main__':\n    1 / 0",
+    "what stays in a module":
+        "def f(x):\n    import math\n    math.own = getattr(math, 'own', 0) + 1\n"
+        "    return x * 2 if math.own > 1 else 0",
+    "alarm caught": "def f(x):\n    try:\n        while x == -3: pass\n    except Exception: pass\n    return x * 2",
+    "alarm caught by with": "def f(x):\n    from contextlib import suppress\n    with suppress(Exception):\n"
+                            "        while x == -3: pass\n    return x * 2",
+    "a stray word": f"python\n{GOOD}", "a stub behind": f"{GOOD}\ndef f(x): ...",
+}.items()})
 PAIRS = [(REFERENCES["plain"], answer) for answer in ANSWERS.values()]
 PAIRS += [(reference, answer) for key, reference in REFERENCES.items() if key not in ("plain", "exit")
           for answer in [GOOD, reference, LEGITIMATE["import"], ANSWERS["array answer"], ANSWERS["array of two"],
                          ANSWERS["list of array"], ANSWERS["list of one"], ANSWERS["array without dimension"]]]
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the released evaluator scores 0 there")
-def test_official_mode_equals_the_released_evaluator(scorer, tmp_path):
-    pytest.importorskip("numpy")
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """What the released evaluator gives for each of PAIRS on the calls of DOUBLE."""
+    folder = tmp_path_factory.mktemp("evaluator")
+    (folder / "evaluator.py").write_text(EMULATOR)  # a module, so that code sees no "__main__"
     calls = list(DOUBLE["test_cases"].values())
-    (tmp_path / "evaluator.py").write_text(EMULATOR)  # a module, so that code sees no "__main__"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import evaluator; evaluator.main()"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import evaluator; evaluator.main()"], cwd=folder,
                           capture_output=True, text=True, timeout=60,
                           input=json.dumps([(reference, answer, calls) for reference, answer in PAIRS]))
-    theirs = done.stdout.split()
-    assert len(theirs) == len(PAIRS) >= 100, done.stderr
+    assert len(done.stdout.split()) == len(PAIRS) >= 100, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the released evaluator scores 0 there")
+@pytest.mark.parametrize("slow_s", [sandbox.SLOW_S, 0], ids=["as it is", "all are slow"])
+def test_official_mode_equals_the_released_evaluator(scorer, released, slow_s, monkeypatch):
+    """`all are slow`: the fixed mode goes first, and its outcomes stand for this one's if the programs are the same."""
+    pytest.importorskip("numpy")
+    monkeypatch.setattr(sandbox, "SLOW_S", slow_s)
+    theirs, calls = released, list(DOUBLE["test_cases"].values())
     results = list(scorer.score_many((task(reference, *calls), answer) for reference, answer in PAIRS))
     ours = [str(result["official"]["passed"]) for result in results]
     assert [(a, b, pair) for a, b, pair in zip(ours, theirs, PAIRS) if a != b] == []

@@ -1,11 +1,13 @@
 """Answers scored a second on two cores: our scorer beside the released way of scoring, in one run.
 
     python tests/bench/scoring.py [TASKS] [--answers N]          # TASKS: mini:test (default) or a .jsonl file
+    python tests/bench/scoring.py --hanging                      # seconds that answers that hang take
 
 The released way, in our words: exec reference and answer in the scorer's own process, no isolation, SIGALRM of one
 second around each of the answer's calls; it runs the reference again for every answer. Answers are the references
 themselves in a fence, half of them with one number changed. Ours gives both scores, `fixed` and `official`, of each
-answer. Not a test: nothing is asserted.
+answer. `--hanging`: the tests' attacks, and slow answers, each on ten calls; at most 11 s is the promise.
+Not a test: nothing is asserted.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = map(str, (Path(__file__).parents[2], Path(__file__).parents[1]))
 from colbench.env.backend.score import Scorer  # noqa: E402
 from colbench.env.backend.tasks import load_tasks  # noqa: E402
 
@@ -82,11 +84,44 @@ def cpu_seconds(pairs):
     return used() - before
 
 
+SLOW = {
+    "0.9 s a call": "def f(x):\n    import time\n    time.sleep(0.9)\n    return x * 2",
+    "0.9 s a call, import at the top": "import time\ndef f(x):\n    time.sleep(0.9)\n    return x * 2",
+    "0.9 s a call, an example in a fence behind":
+        f"{FENCE}python\ndef f(x):\n    import time\n    time.sleep(0.9 * (x > 0))\n    return x * 2\n{FENCE}\nSo:\n"
+        f"{FENCE}python\nprint(f(0))\n{FENCE}",
+    "half code, long to parse": "def f(x:\n" * 20_000,
+    "every other call loops": "def f(x):\n    while x % 2: pass\n    return x * 2",
+    "every other call loops, alarm caught":
+        "def f(x):\n    try:\n        while x % 2: pass\n    except Exception: pass\n    return x * 2",
+}
+
+
+def hanging():
+    """Print the seconds of each attack that takes more than one."""
+    from test_sandbox import CHEATS, HANGS
+    good = {"ground_truth": "def f(x):\n    return x * 2", "test_cases": {str(k): f"f({k})" for k in range(1, 11)}}
+    with Scorer(workers=1) as scorer:
+        for name, answer in {**CHEATS, **HANGS, **SLOW}.items():
+            start = time.monotonic()
+            result = scorer.score(good, answer)
+            seconds = time.monotonic() - start
+            if seconds > 1:
+                print(f"{name:45} {seconds:6.2f} s   fixed {result['fixed']['passed']:2}   official "
+                      f"{result['official']['passed']:2} of 10", flush=True)
+        start = time.monotonic()
+        scorer.score({**good, "ground_truth": HANGS["loop"]}, good["ground_truth"])
+        print(f"{'a reference that loops':45} {time.monotonic() - start:6.2f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="?", default="mini:test")
     parser.add_argument("--answers", type=int, default=1200)
+    parser.add_argument("--hanging", action="store_true")
     args = parser.parse_args()
+    if args.hanging:
+        return hanging()
     tasks = load_tasks(args.tasks)
     pairs = []
     for k in range(args.answers):

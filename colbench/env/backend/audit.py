@@ -24,7 +24,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from colbench.env.backend import sandbox
-from colbench.env.backend.score import REFERENCE_S, Scorer, judge, nested_list, read
+from colbench.env.backend.score import Scorer, judge, nested_list, read, run_reference
 from colbench.env.backend.tasks import load_tasks
 from colbench.env.data import local_path
 from colbench.run.errors import UserError, run_main
@@ -112,7 +112,7 @@ def _defined(code: str) -> set[str]:
 def _reference(task: dict, scorer: Scorer) -> list[str]:
     """What is wrong with the reference's results on the test calls."""
     calls = list(task["test_cases"].values())
-    outcomes = scorer.zygotes[1].run({"fixed": task["ground_truth"]}, calls, REFERENCE_S)["fixed"]
+    outcomes = run_reference(scorer.zygotes[1], {"fixed": task["ground_truth"]}, calls)["fixed"]
     reasons = Counter()
     for outcome in outcomes:
         kind, body = outcome
@@ -125,7 +125,7 @@ def _reference(task: dict, scorer: Scorer) -> list[str]:
         elif kind == "value" and body == b"null":
             reasons["returns None"] += 1
         elif kind != "value" or value is None:
-            reasons[{"timed out": f"takes longer than {REFERENCE_S:.0f} s", "died": "kills its process"}.get(
+            reasons[{"timed out": "takes too long", "died": "kills its process"}.get(
                 kind, "returns no plain data, or too much")] += 1
         elif judge(value, outcome, nested_list) != "passed":
             reasons["returns what does not equal itself"] += 1
@@ -145,11 +145,14 @@ def _chance(task: dict, scorer: Scorer, other: sandbox.Zygote, expected: list) -
 
     def differs(zygote, before):
         code = task["ground_truth"] if "__future__" in task["ground_truth"] else before + task["ground_truth"]
-        got = zygote.run({"fixed": code}, calls, REFERENCE_S)["fixed"]
-        again = [read(outcome, nested_list) for outcome in got]
-        # NaN only equals by its name
-        return any(one and (not two or one[0] != two[0] and repr(one[0]) != repr(two[0]))
-                   for one, two in zip(expected, again))
+        got = run_reference(zygote, {"fixed": code}, calls)["fixed"]
+        return any(one and not same(one, read(outcome, nested_list)) for one, outcome in zip(expected, got))
+
+    def same(one, two):
+        try:  # NaN only equals by its name
+            return two is not None and (one[0] == two[0] or repr(one[0]) == repr(two[0]))
+        except Exception:  # nested too deep, or a signalling NaN
+            return False
 
     if not differs(other, OTHER_SEED + OTHER_TIME):
         return []

@@ -14,13 +14,15 @@ Covered, by layers that stand before the child reads the text and that `self_tes
   processes   seccomp is an allowlist: no fork, exec, ptrace, kill, fcntl owner, prctl, io_uring, bpf, namespaces.
   privileges  as root every capability goes; no_new_privs always.
   resources   1 GB of address space, 64 descriptors, 64 threads (not as root: 4096, the limit counts the whole user),
-              no core file, 1 MB a result, wall time per call kept by the parent, CPU time as a second limit.
+              no core file, 1 MB a result, wall time per call and answer kept by the parent, CPU time as a second limit.
   orphans     a zygote whose parent is gone ends within a second, and its child with it (PDEATHSIG).
 Not covered: holes in the kernel; names, sizes and times of files (stat is allowed); what lies in site-packages; side
 channels such as time and load; calls of one answer share a process (each has a fresh module), so an answer can spoil
 its own later calls; a result of up to 1 MB, made to collide in a hash table, can cost the parent seconds where the
 expected value is as large. Windows is refused; macOS has the resource limits only, which is the tier "weak".
 """
+import __future__
+
 import ast
 import builtins
 import ctypes
@@ -28,8 +30,10 @@ import datetime
 import gc
 import importlib
 import json
+import math
 import multiprocessing
 import os
+import pathlib
 import platform
 import queue
 import random
@@ -45,34 +49,43 @@ import tempfile
 import textwrap
 import time
 import types
-from collections import deque
+import uuid
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, UserString, deque
 from decimal import Decimal
 from fractions import Fraction
 
 MARKER = "I WANT TO ANSWER:"
 MAX_RESULT = 1 << 20   # bytes of JSON that one call may return
 MAX_VALUES = 100_000   # values inside one result
-MAX_DEPTH = 100        # nesting of one result
+MAX_DEPTH = 900        # nesting of one result; == of two of them recurses as deep, and Python stops at 1000
 PREPARE_S = 10.0       # seconds for parsing and for the imports that the text names; not charged to a call
+SLOW_S = 0.25          # seconds for all official calls, after which the fixed ones go first
 START_S = 60.0         # seconds for a zygote to come up
 PRELOAD = """_strptime abc base64 bisect calendar cmath collections.abc copy csv dataclasses enum functools hashlib
     heapq inspect io itertools locale math numbers operator statistics string threading traceback typing unicodedata
     uuid zoneinfo concurrent.futures.thread numpy numpy.random"""
 
 # ---- results as plain data -------------------------------------------------------------------------------------------
-# tag, type, its parts, and the value again from these; a base class's own methods, so that no subclass has a say
+# tag, type, its parts or one text, and the value again from these; a base class's own methods: no subclass has a say
 KINDS = [
-    ("int", int, lambda v: [int.__format__(v, "x")], lambda p: int(p[0], 16)),
-    ("float", float, lambda v: [float.hex(v)], lambda p: float.fromhex(p[0])),
-    ("str", str, lambda v: [str.encode(v, "utf-8", "surrogatepass").hex()],
-     lambda p: bytes.fromhex(p[0]).decode("utf-8", "surrogatepass")),
-    ("list", list, list.__iter__, list), ("tuple", tuple, tuple.__iter__, tuple), ("dict", dict, dict.items, dict),
+    ("int", int, lambda v: int.__format__(v, "x"), lambda p: int(p, 16)),
+    ("float", float, float.hex, float.fromhex),
+    ("str", (str, UserString), lambda v: str.encode(str(v), "utf-8", "surrogatepass").hex(),
+     lambda p: bytes.fromhex(p).decode("utf-8", "surrogatepass")),
+    ("list", list, list.__iter__, list), ("list", UserList, iter, list), ("tuple", tuple, tuple.__iter__, tuple),
+    ("Counter", Counter, lambda v: _flat(dict.items(v)), lambda p: _counter(_dict(p))),
+    ("OrderedDict", OrderedDict, lambda v: _flat(OrderedDict.items(v)), lambda p: OrderedDict(_dict(p))),
+    ("dict", dict, lambda v: _flat(dict.items(v)), lambda p: _dict(p)),
+    ("dict", (UserDict, ChainMap, types.MappingProxyType), lambda v: _flat(v.items()), lambda p: _dict(p)),
+    ("keys", type({}.keys()), iter, lambda p: dict.fromkeys(p).keys()),
+    ("items", type({}.items()), lambda v: _flat(v), lambda p: _dict(p).items()),
     ("set", set, set.__iter__, set), ("frozenset", frozenset, frozenset.__iter__, frozenset),
-    ("set", (type({}.keys()), type({}.items())), iter, set), ("deque", deque, deque.__iter__, deque),
-    ("bytes", (bytes, bytearray), lambda v: [bytes(v).hex()], lambda p: bytes.fromhex(p[0])),
+    ("deque", deque, deque.__iter__, deque),
+    ("bytes", (bytes, bytearray, memoryview), lambda v: memoryview(v).cast("B").hex(), bytes.fromhex),
     ("range", range, lambda v: (v.start, v.stop, v.step), lambda p: range(*p)),
+    ("slice", slice, lambda v: (v.start, v.stop, v.step), lambda p: slice(*p)),
     ("complex", complex, lambda v: (v.real, v.imag), lambda p: complex(*p)),
-    ("Decimal", Decimal, lambda v: [Decimal.__str__(v)], lambda p: Decimal(p[0])),
+    ("Decimal", Decimal, Decimal.__str__, Decimal),
     ("Fraction", Fraction, lambda v: (v.numerator, v.denominator),
      lambda p: Fraction(*map(int.__index__, p))),  # never a text: "1e999999999" would be written out
     ("timedelta", datetime.timedelta, lambda v: (v.days, v.seconds, v.microseconds), lambda p: datetime.timedelta(*p)),
@@ -81,8 +94,13 @@ KINDS = [
     ("date", datetime.date, lambda v: (v.year, v.month, v.day), lambda p: datetime.date(*p)),
     ("time", datetime.time, lambda v: (v.hour, v.minute, v.second, v.microsecond, v.utcoffset()),
      lambda p: datetime.time(*p[:4], _zone(p[4]))),
-    ("type", type, lambda v: [v.__name__] if vars(builtins).get(v.__name__) is v else 1 / 0,  # int, str, ... alone
-     lambda p: vars(builtins)[p[0]]),
+    ("timezone", datetime.timezone, lambda v: [v.utcoffset(None)], lambda p: datetime.timezone(*p)),
+    ("UUID", uuid.UUID, lambda v: [v.int], lambda p: uuid.UUID(int=p[0])),
+    ("path", pathlib.PurePosixPath, str, pathlib.PurePosixPath),
+    ("namespace", types.SimpleNamespace, lambda v: [vars(v)], lambda p: types.SimpleNamespace(**p[0])),
+    ("type", type, lambda v: v.__name__ if vars(builtins).get(v.__name__) is v else 1 / 0,  # int, str, ... alone
+     lambda p: vars(builtins)[p]),
+    ("...", type(...), lambda v: "", lambda p: ...),
 ]
 BUILD = {tag: build for tag, _, _, build in KINDS}
 
@@ -91,42 +109,94 @@ def _zone(offset):
     return None if offset is None else datetime.timezone(offset)
 
 
-def encode(value, depth=0, room=None):
-    """`value` as data for JSON: None, bool, short int and ASCII str as themselves, all else [tag, part, ...].
+def _flat(items):
+    return [part for item in items for part in item]
+
+
+def _dict(parts):
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _counter(counts):
+    """Counters of Counters would compare in time exponential in their nesting: only of numbers, else a dict."""
+    if not all(isinstance(count, (int, float, Decimal, Fraction)) for count in counts.values()):
+        return counts
+    counter = Counter()
+    dict.update(counter, counts)
+    return counter
+
+
+def encode(value):
+    """`value` as data for JSON, without nesting: None, bool, short int and ASCII str as themselves, all else as a list
+    in which [tag, n] makes one value of the n values before it, and [tag, text] one of a text.
 
     Any exception means that it is no plain data, or too much of it.
     """
-    if value is None or value is True or value is False:
-        return value
-    if type(value) is int and -2**53 < value < 2**53 or type(value) is str and value.isascii():
-        return value
-    room = [MAX_VALUES] if room is None else room
-    room[0] -= 1
-    if room[0] < 0 or depth > MAX_DEPTH:
-        raise ValueError("too large")
-    numpy = sys.modules.get("numpy")
-    if numpy and isinstance(value, (numpy.ndarray, numpy.generic)):  # a numpy scalar is an array without dimensions
-        tag, parts = "array", (value.shape, numpy.asarray(value).ravel().tolist())
-    else:
-        tag, parts = next((tag, take(value)) for tag, kind, take, _ in KINDS if isinstance(value, kind))
-    return [tag, *[encode(part, depth + 1, room) for part in parts]]
+    numpy, program, levels, room = sys.modules.get("numpy"), [], [[value]], MAX_VALUES
+    while levels:
+        if not levels[-1]:
+            levels.pop()
+            continue
+        value = levels[-1].pop()  # the last part first: the program is turned round in the end
+        if value is None or value is True or value is False or type(value) is int and -2**53 < value < 2**53 \
+                or type(value) is str and value.isascii():
+            program.append(value)
+            continue
+        room -= 1
+        if room < 0 or len(levels) > MAX_DEPTH + 1:
+            raise ValueError("too large")
+        if numpy and isinstance(value, (numpy.ndarray, numpy.generic)):  # a scalar is an array without dimensions
+            flat = numpy.asarray(value).ravel()
+            tag, parts = "array", (value.shape, flat.tolist(), flat.dtype.name)
+        else:
+            tag, parts = next((tag, take(value)) for tag, kind, take, _ in KINDS if isinstance(value, kind))
+        if type(parts) is str:
+            program.append([tag, parts])
+            continue
+        levels.append(list(parts))
+        program.append([tag, len(levels[-1])])
+        if 3 * len(levels[-1]) > MAX_RESULT:
+            raise ValueError("too large")
+    return program[::-1] if type(program[0]) is list else program[0]
 
 
 def decode(data, array):
-    """The value behind `encode`'s data; `array(shape, flat values)` builds what stands for a numpy array.
+    """The value behind `encode`'s data; `array(shape, flat values, type's name)` builds what stands for a numpy array.
 
     The data may be forged: any exception means that it is no result.
     """
-    if not isinstance(data, list):
-        return data
-    parts = [decode(part, array) for part in data[1:]]
-    return array(*parts) if data[0] == "array" else BUILD[data[0]](parts)
+    values, nested = [], []  # nested: place in `values` and depth of those made of others
+    for item in data if type(data) is list else [data]:
+        if type(item) is list:
+            tag, part = item
+            if type(part) is str:
+                item = BUILD[tag](part)
+            else:
+                start, depth = len(values) - part, 0
+                if not 0 <= start <= len(values):
+                    raise ValueError("no data")
+                while nested and nested[-1][0] >= start:
+                    depth = max(depth, nested.pop()[1] + 1)
+                if depth > MAX_DEPTH:  # before it is hashed: there Python itself does not look how deep it is
+                    raise ValueError("too deep")
+                nested.append((start, depth))
+                parts = values[start:]
+                del values[start:]
+                item = array(*parts) if tag == "array" else BUILD[tag](parts)
+        elif type(item) is dict:
+            raise ValueError("no data")
+        values.append(item)
+    value, = values
+    return value
 
 
 # ---- code out of an answer (runs in the child) -----------------------------------------------------------------------
 FENCE_TO_OWN_LINE = re.compile(r"(?P<fence>```+|~~~+)[^\n`]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)", re.S | re.M)
-FENCE_TO_ANYWHERE = re.compile(r"(?P<fence>```+|~~~+)(?:[\w ]*\n)?(?P<code>.*?)(?:(?P=fence)|\Z)", re.S)
+FENCE_TO_ANYWHERE = re.compile(r"(?P<fence>```+|~~~+)(?:[\w ]*\n|py\w*[ \t])?(?P<code>.*?)(?:(?P=fence)|\Z)",
+                               re.S | re.I)
 CODE_START = re.compile(r"@|(def|class|async|from|import)\b")
+CODE_BEHIND_WORDS = re.compile(r"^[^\W\d][^\n=#\"]*?[\s:](?=(async +)?def +\w+ *\(|class +\w+ *[(:])", re.M)
+DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 
 def without_prose(text):
@@ -146,30 +216,64 @@ def without_prose(text):
                 part = part[:cut]
 
 
-def code_blocks(answer, name):
-    """The pieces of Python in an answer as syntax trees, in order; they run one after the other in one namespace.
+def is_stub(node):
+    """Whether a definition has no body: nothing but a docstring, `...`, pass, a return of None, NotImplementedError."""
+    def empty(statement):
+        value = getattr(statement, "value", None)
+        if isinstance(statement, ast.Raise):
+            error = getattr(statement.exc, "func", statement.exc)
+            return isinstance(error, ast.Name) and error.id == "NotImplementedError"
+        if isinstance(statement, ast.Return):
+            return value is None or isinstance(value, ast.Constant) and value.value in (None, ...)
+        return isinstance(statement, ast.Pass) or isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) \
+            or is_stub(statement)
+    return isinstance(node, DEFINITIONS) and all(map(empty, node.body))
+
+
+def names_bound(statement):
+    """The names that a statement of a module binds there; a stub binds none."""
+    names, nodes = set(), [statement]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, DEFINITIONS):
+            names |= set() if is_stub(node) else {node.name}
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif not isinstance(node, ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return names
+
+
+def code_of(answer, name):
+    """The Python in an answer as one list of statements, for one namespace.
 
     The whole text if it is code that binds `name`, else its fenced pieces that parse (a later definition wins), else
-    code between prose. Where nothing binds `name`: whatever parses first. No code at all: an empty list.
+    code between prose. A stub does not replace a definition. Where nothing binds `name`: whatever parses first. No code
+    at all: an empty list.
     """
     text = answer.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(re.escape(MARKER) + r"[ \t]*", "\n", text)
     ways = (lambda: [text], lambda: [m["code"] for m in FENCE_TO_OWN_LINE.finditer(text)],
-            lambda: [m["code"] for m in FENCE_TO_ANYWHERE.finditer(text)], lambda: without_prose(text))
+            lambda: [m["code"] for m in FENCE_TO_ANYWHERE.finditer(text)], lambda: without_prose(text),
+            lambda: without_prose(CODE_BEHIND_WORDS.sub(r"\g<0>\n", text)),
+            lambda: ["\n".join(line for line in text.split("\n") if line[:1] in ("", " ", "\t"))])
     fallback = []
     for pieces in ways:
-        trees, bound = [], False
+        statements, bound = [], set()
         for piece in map(textwrap.dedent, pieces()):
             try:
-                trees.append(ast.parse(piece))
-                symbols = symtable.symtable(piece, "", "exec")
+                tree = ast.parse(piece)
             except (SyntaxError, ValueError, MemoryError, RecursionError):  # no Python; a null byte; nested too deep
                 continue
-            if name in symbols.get_identifiers():
-                bound = bound or symbols.lookup(name).is_assigned() or symbols.lookup(name).is_imported()
-        if bound:
-            return trees
-        fallback = fallback or [tree for tree in trees if tree.body]
+            for statement in tree.body:
+                if not (is_stub(statement) and statement.name in bound):
+                    statements.append(statement)
+                    bound |= names_bound(statement)
+        if name in bound:
+            return statements
+        fallback = fallback or statements
     return fallback
 
 
@@ -298,9 +402,9 @@ def jail_child(zygote, abi, program):
 
 
 # ---- the child -------------------------------------------------------------------------------------------------------
-def import_named(tree):
+def import_named(statements):
     """Import what the code will import, before its time counts and, without Landlock, before files shut."""
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.Module(statements, [])):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
@@ -320,21 +424,29 @@ def seed_random(seed):
 def fixed_mode(text, calls):
     """A function from a call to its value: each in a fresh module, with the same random numbers every time.
 
-    A statement that raises (an example below the function, input(), SystemExit) ends its block only: the call decides.
+    A statement that raises (a stray word, an example, input(), SystemExit) or that is none (return in a module) costs
+    itself alone: the call decides. The function's `raised`: the numbers of those that did in its last call.
     """
-    trees = code_blocks(text, called_name(calls[0]))
-    blocks = [compile(tree, "<answer>", "exec", dont_inherit=True) for tree in trees]
-    for tree in trees:
-        import_named(tree)
+    statements, codes = code_of(text, called_name(calls[0])), []
+    features = [alias.name for node in statements if isinstance(node, ast.ImportFrom) and node.module == "__future__"
+                for alias in node.names]
+    flags = sum({getattr(__future__, name).compiler_flag for name in features if name in __future__.all_feature_names})
+    for statement in statements:
+        try:
+            codes.append(compile(ast.Module([statement], []), "<answer>", "exec", flags, dont_inherit=True))
+        except Exception:
+            codes.append("raise SyntaxError")  # so that it keeps its number
+    import_named(statements)
 
     def run(call):
         module = sys.modules["answer"] = types.ModuleType("answer")
         seed_random(0)
-        for block in blocks:
+        run.raised = []
+        for number, code in enumerate(codes):
             try:
-                exec(block, module.__dict__)
+                exec(code, module.__dict__)
             except BaseException:  # see above
-                pass
+                run.raised.append(number)
         return eval(call.strip(), module.__dict__)
 
     return run
@@ -349,7 +461,7 @@ def official_mode(text, alarm):
     """
     tree = ast.parse(text)
     code = compile(tree, "<string>", "exec", dont_inherit=True)
-    import_named(tree)
+    import_named(tree.body)
     name = "sweet_rl.utils.code_utils"
     module = sys.modules[name] = types.ModuleType(name)
     module.multiprocessing, module.signal, module.Empty = multiprocessing, signal, queue.Empty  # what that one imports
@@ -371,6 +483,44 @@ def official_mode(text, alarm):
     return run
 
 
+# by a word of these, or one that begins with __, code may see in which mode it runs
+MODE_SHOWS = {"*", "signal", "multiprocessing", "Empty", "function_definition", "test_case", "globals", "locals",
+              "vars", "dir", "eval", "exec", "compile", "importlib", "inspect", "sys", "builtins", "gc", "random",
+              "secrets"}
+IF_MAIN = ast.dump(ast.parse("__name__ == '__main__'", mode="eval").body)
+CATCHING = ast.Try, ast.With, ast.AsyncWith, getattr(ast, "TryStar", ast.Try)  # TryStar: Python 3.11
+
+
+def alike(texts, calls):
+    """What an answer's calls give in the official mode as they do in the fixed one: "all", "values" (all but what times
+    out) or "" (nothing); and how many statements of the module must not raise for that.
+
+    That is so if both modes take the same code, but for examples behind it, and nothing in it can tell them apart: no
+    function, class or comprehension looks for a name of the module, which the official mode does not find. Where the
+    alarm could be caught, a call may time out in the fixed mode alone.
+    """
+    ours, theirs = code_of(texts["fixed"], called_name(calls[0])), ast.parse(texts["official"]).body
+    examples = ours[len(theirs):]
+    if [*map(ast.dump, ours[:len(theirs)])] != [*map(ast.dump, theirs)] \
+            or not all(isinstance(statement, (ast.Expr, ast.Assert)) for statement in examples):
+        return "", 0
+    module = symtable.symtable(texts["official"], "", "exec")
+    bound = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    tables = [module, *[symtable.symtable(call.strip(), "", "eval") for call in calls]]
+    inner = [child for table in tables for child in table.get_children()]
+    for table in inner:
+        inner += table.get_children()
+    looked_up = {symbol.get_name() for table in inner for symbol in table.get_symbols() if symbol.is_global()}
+    nodes = [node for statement in theirs if not (isinstance(statement, ast.If) and ast.dump(statement.test) == IF_MAIN)
+             for node in ast.walk(statement)]
+    words = {word for node in nodes for field in ("id", "attr", "name", "module")
+             for word in str(getattr(node, field, "")).split(".")}
+    if bound & looked_up or words & MODE_SHOWS or any(isinstance(node, ast.Global) for node in nodes) \
+            or any(word.startswith("__") and word != "__init__" for word in words):
+        return "", 0
+    return "values" if examples or any(isinstance(node, CATCHING) for node in nodes) else "all", len(theirs)
+
+
 def child(fd, zygote, abi, filters):
     """Read one request from the socket, run its calls in order, send a frame for each; never returns."""
     try:
@@ -386,9 +536,15 @@ def child(fd, zygote, abi, filters):
                 runs[mode] = fixed_mode(text, calls) if mode == "fixed" else official_mode(text, request["alarm"])
             except Exception as error:  # no Python, or too deep: each call raises that
                 runs[mode] = error
+        same, n = "", 0
+        if request["compare"]:
+            try:
+                same, n = alike(request["texts"], [call for _, call in request["calls"]])
+            except Exception:  # one of them is no Python
+                pass
         if layers == ["seccomp"]:
             seccomp(filters[1])
-        send_frame(link, b"+", " ".join(layers).encode())
+        send_frame(link, b"+", f"{' '.join(layers)};{same}".encode())
         for mode, call in request["calls"]:
             kind, body = b"R", b""
             try:
@@ -401,7 +557,11 @@ def child(fd, zygote, abi, filters):
                     kind = b"R"
             except BaseException as error:  # whatever the code raises, SystemExit too, ends this call alone
                 kind, body = b"E", type(error).__name__.encode("utf-8", "replace")
-            send_frame(link, kind, body) if len(body) <= MAX_RESULT else send_frame(link, b"R", b"")
+            if len(body) > MAX_RESULT:
+                kind, body = b"R", b""
+            if min(getattr(runs[mode], "raised", []), default=n) < n:
+                kind = kind.lower()  # there the official mode ends before the call
+            send_frame(link, kind, body)
     finally:
         os._exit(0)
 
@@ -486,23 +646,30 @@ class Zygote:
         except OSError:
             return False
 
-    def run(self, texts, calls, seconds, alarm=0):
+    def run(self, texts, calls, seconds, alarm=0, total=math.inf):
         """Run every call expression on each text. `texts`: {"fixed": text, "official": text}, either may be missing.
 
         Returns {mode: [(kind, wire) for each call]}, wire being bytes of JSON for `decode`. kind: "value", "raised",
         "refused" (no plain data, or too much), "timed out" (after `seconds` of wall time) or "died". Calls that time
         out or die are lost alone: the rest go on in a new child. `alarm`: whole seconds after which the official mode
-        raises TimeoutError in the code, which then has as many again; 0 for never.
+        raises TimeoutError in the code, which then has as many again; 0 for never. `total`: seconds for everything;
+        calls that it does not get to are timed out.
+
+        The official calls run first, as nothing else may be in their process. Where they take more than SLOW_S they
+        start again after the fixed ones: they get what these left of `total`, first those that did not time out in the
+        fixed mode; and where both modes run the same program (see `alike`) they take its outcomes.
         Raises RuntimeError when the sandbox cannot be started again or has lost a layer.
         """
-        jobs = [(mode, call) for mode in texts for call in calls]
-        outcomes, lost = [], 0
+        jobs = [(mode, k) for mode in ("official", "fixed") if mode in texts for k in range(len(calls))]
+        both, outcomes, lost, deadline = len(texts) > 1, {}, 0, time.monotonic() + total
+        todo, patience, compare = jobs, SLOW_S if both else math.inf, False
         try:
-            while len(outcomes) < len(jobs):
+            while todo and time.monotonic() < deadline:
                 if self.process is None:
                     self.start()
-                request = {"texts": texts, "calls": jobs[len(outcomes):], "alarm": alarm}
-                got = self.run_child(request, seconds)
+                request = {"texts": texts, "calls": [(mode, calls[k]) for mode, k in todo], "alarm": alarm,
+                           "compare": compare}
+                got, patience = self.run_child(request, seconds, deadline, patience)
                 try:
                     self.control.sendall(b"k")
                     alive = self.says(b"k", 10.0)
@@ -513,36 +680,60 @@ class Zygote:
                     lost += 1
                     while got and got[-1][0] == "died" and lost < 3:
                         got.pop()
-                outcomes += got
+                for (mode, k), (*outcome, same) in zip(todo, got):
+                    outcomes[mode, k] = tuple(outcome)
+                    if compare and same:
+                        outcomes["official", k] = tuple(outcome)
+                todo = todo[len(got):]
+                if patience <= 0 and todo and todo[0][0] == "official":
+                    outcomes, patience, compare = {}, math.inf, True
+                    todo = [job for job in jobs if job[0] == "fixed"]
+                elif compare and not todo:
+                    compare = False
+                    todo = sorted((job for job in jobs if job not in outcomes),
+                                  key=lambda job: outcomes["fixed", job[1]][0] == "timed out")
         except BaseException:
             self.close()  # in an unknown state: the next run starts afresh
             raise
-        return {mode: outcomes[i * len(calls):(i + 1) * len(calls)] for i, mode in enumerate(texts)}
+        late = ("timed out", b"")
+        return {mode: [outcomes.get((mode, k), late) for k in range(len(calls))] for mode in texts}
 
-    def run_child(self, request, seconds):
-        """One fork. Returns an outcome for each call up to and with the first lost one; for all, if it never begins."""
-        got, begun, text = [], False, json.dumps(request).encode()
+    def run_child(self, request, seconds, deadline, patience):
+        """One fork. Returns ([(kind, wire, whether the official mode gives the same)], the patience that is left).
+
+        The outcomes are those up to and with the first lost call; all, if the child never begins; those before an
+        official call for which no patience is left.
+        """
+        got, begun, same, text = [], False, "", json.dumps(request).encode()
         mine, theirs = socket.socketpair()
         try:
             with theirs:
                 socket.send_fds(self.control, [b"f"], [theirs.fileno()])
             mine.settimeout(PREPARE_S)
             mine.sendall(struct.pack("=I", len(text)) + text)
-            layers = receive_frame(mine, PREPARE_S)[1]
+            layers, same = receive_frame(mine, min(PREPARE_S, deadline - time.monotonic()))[1].split(b";")
             self.layers, begun = self.layers or layers, True
             if layers != self.layers:
                 raise RuntimeError(f"the sandbox lost a layer: {self.layers} became {layers}")
             for mode, _ in request["calls"]:
-                kind, body = receive_frame(mine, seconds + request["alarm"] * (mode == "official"))
-                got.append(({b"V": "value", b"E": "raised"}.get(kind, "refused"), body))
-            return got
+                start, official = time.monotonic(), mode == "official"
+                limit = min(seconds + request["alarm"] * official, deadline - start)
+                try:
+                    kind, body = receive_frame(mine, min(limit, patience) if official else limit)
+                finally:
+                    patience -= (time.monotonic() - start) * official
+                got.append(({b"V": "value", b"E": "raised"}.get(kind.upper(), "refused"), body,
+                            bool(same) and kind.isupper()))
+            return got, patience
         except TimeoutError:
-            lost = ("timed out", b"")
+            if begun and patience <= 0 and request["calls"][len(got)][0] == "official":
+                return got, patience
+            lost = ("timed out", b"", same == b"all")
         except (EOFError, OSError):
-            lost = ("died", b"")
+            lost = ("died", b"", bool(same))
         finally:
             mine.close()
-        return got + [lost] * (1 if begun else len(request["calls"]))
+        return got + [lost] * (1 if begun else len(request["calls"])), patience
 
 
 def receive_frame(link, seconds):

@@ -13,9 +13,31 @@ Two modes from one scoring:
             too; 1 s a call by SIGALRM. Not reproduced: state that code leaves in the evaluator for other answers;
             SystemExit, which ends the whole run there, is a call not passed; code that catches the alarm may go on for
             1 s more, there for ever; an object whose own __eq__ says yes is not data and does not pass.
-In both a call passes when the results are equal by ==; a reference that gives None, raises or is no plain data never
-counts. In fixed mode numpy arrays compare as nested lists. `expected` and `got` are for people: short texts of the
-results, None where there is none.
+
+Code, in fixed mode: a statement of the module that raises or is none (a stray word before the code, an example,
+input()) costs itself alone. What stands behind it runs: a definition there counts, a loop there costs the call its
+second. A definition without a body (docstring, `...`, pass, return None, NotImplementedError) does not replace one that
+has a body.
+
+Time: a call has 1 s in each mode, an answer ANSWER_ALL_S for all; calls that it does not get to are timed out. Answers
+that are slow run the fixed mode first; official then takes its outcomes if both modes run the same program, else it has
+the time that is left. So where most calls hang, those that would pass in official alone (code that catches the alarm, a
+slow first fence) may be lost, and in fixed mode the last ones of an answer that also imports much, anew after each call
+that hung. References have REFERENCE_S and REFERENCE_ALL_S in the same way.
+
+In both modes a call passes when the results are equal by Python's ==; a reference that gives None, raises or is no
+plain data never counts. Equal there, but not here:
+  - a result that is no plain data (`sandbox.KINDS` and numpy's types): objects of own classes, functions, classes other
+    than the built-in ones, modules, compiled patterns, array.array, IP addresses, numpy's longdouble
+  - one of more than 1 MB, 100,000 values or 900 levels, or of more than four times the reference's bytes and 4 kB
+  - a NaN in a container, where Python finds the same object (math.nan) on both sides
+  - numpy's times in units that Python's types lack (nanoseconds), and timedelta64 and an int
+  - times in one zone that differ in `fold` alone: zones are their offsets
+  - Counters with a count that is no number: they compare as dicts
+In fixed mode numpy arrays compare as nested lists, so that equal arrays and lists pass, and a numpy number is not equal
+to a list of one.
+
+`expected` and `got` are for people: short texts of the results, None where there is none.
 """
 import json
 import math
@@ -24,6 +46,7 @@ import queue
 import reprlib
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 from colbench.env.backend import sandbox
@@ -32,8 +55,12 @@ from colbench.run.errors import UserError
 MAX_ANSWER = 200_000      # bytes of UTF-8; longer answers score 0
 CALL_S = 1                # wall seconds an answer has for a call, as in the released evaluator
 REFERENCE_S = 10.0        # the same for a reference, which has no limit there
+ANSWER_ALL_S = 10.7       # wall seconds for all of an answer's calls in both modes, a second more for each above ten
+REFERENCE_ALL_S = 22.0    # the same for a reference, two more for each above ten
 SHOWN_WIRE = 20_000       # bytes of JSON: a longer result is not shown, only its size
 SHOWN = 200               # characters of a result that are shown
+NUMBERS = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
+           "float64", "complex64", "complex128"}  # numpy's; the data may be forged, and other types could be large
 BANNED = ("import os", "from os", "import sys", "from sys", "sudo", "transformers", "exit(", "quit(", "argparse")
 
 
@@ -47,32 +74,62 @@ def official_code(answer):
     return answer
 
 
+class Number:
+    """A numpy number: == to Python's numbers and others of its kind is numpy's own, else that of its value."""
+
+    def __init__(self, dtype, value):
+        import numpy  # here and below, as the scorer runs without it too
+        self.value, self.numpy = value, numpy.dtype(dtype).type(value)
+
+    def __eq__(self, other):
+        import numpy
+        if not isinstance(other, (int, float, complex, Number)):
+            return self.value == other
+        with numpy.errstate(all="ignore"):
+            return bool(self.numpy == (other.numpy if isinstance(other, Number) else other))
+
+    def __hash__(self):  # they stand in sets and as keys
+        return hash(self.value)
+
+    def __repr__(self):
+        return repr(self.value)
+
+
+def number(dtype, value):
+    """What stands for the one value of a numpy scalar; those that are no numbers are Python's own."""
+    return Number(dtype, value) if dtype in NUMBERS else value
+
+
 class OfficialArray:
     """A numpy array or scalar as the released evaluator meets it: == has a truth value only between single elements."""
 
-    def __init__(self, shape, flat):
-        self.flat = flat
+    def __init__(self, shape, flat, dtype):
+        self.flat = [number(dtype, flat[0])] if len(flat) == 1 else flat
 
     def __eq__(self, other):
         flat = other.flat if isinstance(other, OfficialArray) else [other]
-        while len(flat) == 1 and isinstance(flat[0], (list, tuple)):
-            flat = list(flat[0])
+        while len(flat) == 1 and isinstance(flat[0], (list, tuple, range, deque)):
+            flat = [flat[0][0]] if len(flat[0]) == 1 else []
+            if flat and isinstance(flat[0], OfficialArray):
+                flat = flat[0].flat
+            elif flat and type(flat[0]) in (int, float):  # alone it would give way to the other's type
+                flat = [number({int: "int64", float: "float64"}[type(flat[0])], flat[0])]
         if len(self.flat) != 1 or len(flat) != 1:
             raise ValueError("the truth value of an array with more than one element is ambiguous")
         return self.flat[0] == flat[0]
 
-    def __hash__(self):  # scalars stand in sets and as keys
+    def __hash__(self):
         return hash(self.flat[0])
 
 
-def nested_list(shape, flat):
+def nested_list(shape, flat, dtype):
     """A numpy array (row-major `flat` values) as nested lists; without dimensions its value, an empty one []."""
     if not shape:
-        return flat[0]
-    if not flat or math.prod(shape) != len(flat):  # the latter is forged
+        return number(dtype, flat[0])
+    if not flat or type(flat) is not list or math.prod(shape) != len(flat):  # the last two are forged
         return []
     step = len(flat) // shape[0]
-    return [nested_list(shape[1:], flat[i * step:(i + 1) * step]) for i in range(shape[0])]
+    return [nested_list(shape[1:], flat[i * step:(i + 1) * step], "") for i in range(shape[0])]
 
 
 def read(outcome, array):
@@ -99,6 +156,9 @@ class ShortRepr(reprlib.Repr):
 
     def repr_frozenset(self, value, level):
         return f"frozenset({self.repr_set(value, level) if value else ''})"
+
+    repr_dict_keys = repr_dict_items = repr_set
+    repr_OrderedDict = repr_Counter = reprlib.Repr.repr_dict
 
 
 def short_text(outcome):
@@ -129,6 +189,11 @@ def judge(expected, outcome, array):
         return "passed" if value == sandbox.decode(json.loads(wire), array) else "wrong"
     except Exception:  # an array's ambiguous truth value, a signalling NaN, or a forged result
         return "wrong"
+
+
+def run_reference(zygote, texts, calls):
+    """`Zygote.run` with a reference's limits."""
+    return zygote.run(texts, calls, REFERENCE_S, total=REFERENCE_ALL_S + 2 * max(len(calls) - 10, 0))
 
 
 class Scorer:
@@ -176,12 +241,11 @@ class Scorer:
         if answer is not None and len(answer.encode("utf-8", "surrogatepass")) > MAX_ANSWER:
             note = f"the answer is longer than {MAX_ANSWER} bytes"
         expected = self.expected(task["ground_truth"], calls)
-        # official first: there too a call sees what earlier calls left in the process, and nothing else may be there
         texts = {} if note else {"official": official_code(answer), "fixed": answer}
         texts = {mode: text for mode, text in texts.items() if text is not None and any(expected[mode])}
         zygote = self.free.get()
         try:
-            got = zygote.run(texts, calls, CALL_S, alarm=CALL_S)
+            got = zygote.run(texts, calls, CALL_S, CALL_S, ANSWER_ALL_S + max(len(calls) - 10, 0) * CALL_S)
         finally:
             self.free.put(zygote)
         none = [("refused", b"")] * len(calls)
@@ -207,7 +271,7 @@ class Scorer:
         key = (reference, *calls)
         with self.reference_lock:  # there is one process for references
             if key not in self.references:
-                got = self.zygotes[0].run({"fixed": reference, "official": reference}, calls, REFERENCE_S)
+                got = run_reference(self.zygotes[0], {"fixed": reference, "official": reference}, calls)
                 self.references[key] = {"fixed": [read(outcome, nested_list) for outcome in got["fixed"]],
                                         "official": [read(outcome, OfficialArray) for outcome in got["official"]],
                                         "texts": [short_text(outcome) for outcome in got["fixed"]]}
