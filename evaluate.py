@@ -34,8 +34,8 @@ from tqdm import tqdm
 from colbench.env.data import failed
 from colbench.env.dialogue import keep_sound, play
 from colbench.env.flags import add_playing_flags, check_playing_flags, load_tasks, parse_flags, script_parser
-from colbench.lm.adapters import adapters_off, has_adapters, put_adapter
-from colbench.lm.load import context_length, load_model, load_tokenizer, prepare_machine
+from colbench.lm.adapters import adapters_off, has_adapters
+from colbench.lm.load import context_length, load_model, load_tokenizer, prepare_machine, put_adapter
 from colbench.lm.logps import message_logps
 from colbench.lm.memory import model_row, sampling_memory
 from colbench.lm.sampling import LocalChat

@@ -1,6 +1,5 @@
 """The losses and the log-probs under them, against hand computations and the obvious slow implementation."""
 
-import copy
 import math
 import random
 import subprocess
@@ -11,7 +10,6 @@ import pytest
 import torch
 import train_critic
 import train_policy
-import transformers
 from train_critic import advantage, critic_loss
 from train_policy import draw_pairs, policy_loss
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -23,10 +21,12 @@ from colbench.env.hidden_info import HIDDEN_INFO, with_hidden_info, without_hidd
 from colbench.lm.adapters import add_lora
 from colbench.lm.load import load_tokenizer
 from colbench.lm.logps import message_logps, pack
-from colbench.lm.sampling import LocalChat
 from colbench.lm.tokens import encode_dialogue
 from colbench.train.heads import value_head
 from colbench.train.ranking import mean_log_ratio
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
 
 
 def softplus(x):
@@ -107,98 +107,6 @@ def test_a_message_paired_with_itself_teaches_its_nll_alone():
     loss, _, _ = policy_loss(logps, logps, torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0, -1.0]), 0.1, 3.0)
     loss.backward()
     torch.testing.assert_close(logps.grad, torch.full((3,), -1.0))  # of 3 · mean(−logps)
-
-
-SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
-FAMILIES = {
-    "llama": LlamaConfig(**SHAPE), "qwen2": transformers.Qwen2Config(**SHAPE),
-    "gemma2": transformers.Gemma2Config(**SHAPE, final_logit_softcapping=2.0, attn_logit_softcapping=3.0,
-                                        sliding_window=8),
-    "gemma3": transformers.Gemma3TextConfig(**SHAPE, sliding_window=8),
-    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=8),
-    "granite": transformers.GraniteConfig(**SHAPE, logits_scaling=3.0),
-    "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.5),
-}
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request, monkeypatch):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[request.param]).double().eval()
-    for parameter in model.parameters():  # far from the uniform distribution, so that a wrong mask shows
-        torch.nn.init.normal_(parameter, std=0.3)
-    monkeypatch.setattr(colbench.lm.logps, "LOGITS_AT_ONCE", 7 * 97)  # several chunks
-    return model
-
-
-def naive(model, prompt, message):
-    """Log-probs of one message after one prompt: one forward pass, all logits."""
-    logps = model(input_ids=torch.tensor([prompt + message])).logits[0].log_softmax(-1)
-    return torch.stack([logps[len(prompt) + k - 1, token] for k, token in enumerate(message)])
-
-
-def random_trees(rng):
-    ids = lambda n: [rng.randrange(97) for _ in range(n)]  # noqa: E731
-    trajectory = (ids(40), [(7, 12), (20, 21), (33, 40)], [])
-    state = (ids(23), [], [ids(5), ids(1), ids(9)])
-    both = (ids(15), [(3, 6)], [ids(4), ids(2)])
-    return [trajectory, state, both]
-
-
-def test_message_logps_equal_one_by_one(model):
-    trees = random_trees(random.Random(1))
-    for (trunk, spans, leaves), got in zip(trees, message_logps(model, trees)):
-        expected = [naive(model, trunk[:a], trunk[a:b]) for a, b in spans]
-        expected += [naive(model, trunk, leaf) for leaf in leaves]
-        assert len(got) == len(expected)
-        for one, other in zip(got, expected):
-            torch.testing.assert_close(one.double(), other, atol=2e-6, rtol=0)  # float32 log-softmax
-
-
-def test_messages_of_shared_prompts_are_those_of_a_slow_sampler(model):
-    """Prompts of three lengths, five messages each that end at different times: LocalChat draws what one whole forward
-    pass for every token draws; with windows of 8 tokens and with scaled or capped logits too."""
-    model.float()  # transformers' eager attention gives NaN for padding in float64
-    rng, stops, seeds = random.Random(2), set(range(12)), [11, 12, 13, 14, 15]
-    chat = LocalChat(model, load_tokenizer("tiny"))
-    chat.stops = stops
-    prompts = [[rng.randrange(97) for _ in range(n)] for n in (5, 17, 30)]
-    rooms = (25, 9, 25)
-    got = chat._generate([(prompt, room, seeds) for prompt, room in zip(prompts, rooms)], 1.0)
-    for prompt, room, messages in zip(prompts, rooms, got):
-        for seed, message in zip(seeds, messages):
-            expected = []
-            uniforms = torch.rand(25, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            for uniform in uniforms.tolist()[:room]:
-                cumulative = model(input_ids=torch.tensor([prompt + expected])).logits[0, -1].softmax(-1).cumsum(-1)
-                expected.append(int((cumulative <= uniform).sum()))
-                if expected[-1] in stops:
-                    break
-            assert message == expected
-    lengths = {len(message) for messages in got for message in messages}
-    # messages leave at different steps, and some are longer than the window
-    assert len(lengths) > 4 and max(lengths) > 8, lengths
-
-
-@pytest.mark.parametrize("head", ["trained", "frozen"])
-def test_gradients_of_shared_prompts_equal_one_by_one(model, head):
-    model.get_output_embeddings().weight.requires_grad_(head == "trained")
-    (prompt, _, leaves), shared, single = random_trees(random.Random(2))[1], copy.deepcopy(model), copy.deepcopy(model)
-    weights = [torch.randn(len(leaf)) for leaf in leaves]  # each token its own
-    sum((w * logps).sum() for w, logps in zip(weights, message_logps(shared, [(prompt, [], leaves)])[0])).backward()
-    sum((w * naive(single, prompt, leaf)).sum() for w, leaf in zip(weights, leaves)).backward()
-    for one, other in zip(shared.parameters(), single.parameters(), strict=True):
-        assert (one.grad is None) == (other.grad is None) == (not one.requires_grad)
-        if one.requires_grad:
-            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
-
-
-def test_a_leaf_does_not_see_its_sibling(model):
-    prompt, leaf = [1, 2, 3], [4, 5]
-    alone = message_logps(model, [(prompt, [], [leaf])])[0][0]
-    with_sibling = message_logps(model, [(prompt, [], [[6, 7, 8], leaf])])[0][1]
-    torch.testing.assert_close(alone, with_sibling, atol=1e-6, rtol=0)
 
 
 def test_pack_keeps_all_in_order_within_budget():

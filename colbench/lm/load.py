@@ -1,5 +1,6 @@
 """Load models and tokenizers; settings of the process for them."""
 import ctypes
+import hashlib
 import logging
 import os
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from colbench.lm.adapters import has_adapters
+from colbench.lm.logps import check_model
+from colbench.lm.tokens import check_template, end_of_turn
 from colbench.run.errors import UserError
 from colbench.run.hub import why_not
 
@@ -30,23 +34,52 @@ def prepare_machine() -> None:
 
 
 def load_tokenizer(name: str):
-    """Tokenizer of a hub id or folder; "tiny" is the embedded model. UserError in one line if there is none."""
+    """Tokenizer of a hub id or folder; "tiny" is the embedded model. UserError in one line if there is none, or if it
+    cannot give the tokens that its chat template and the model want."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(EMBEDDED.get(name, name))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(cannot_load(name, error)) from None
     if not tokenizer.chat_template:
         raise UserError(f"--model {name}: its tokenizer has no chat template; an instruction-tuned model is wanted")
+    try:
+        check_template(tokenizer)
+    except UserError as error:
+        raise UserError(f"--model {name}: {error}") from None
+    special = set(tokenizer.all_special_ids)  # which no text becomes: Gemma 3 has one, for pictures, beyond its model
+    largest = max([end_of_turn(tokenizer), *(k for k in tokenizer.get_vocab().values() if k not in special)])
+    rows = getattr(text_config(name), "vocab_size", None)
+    if rows and largest >= rows:
+        raise UserError(f"--model {name}: the tokenizer's {largest + 1} tokens do not fit the model's {rows}; give the "
+                        "model's own tokenizer, or resize the model's embeddings")
     return tokenizer
 
 
-def context_length(name: str) -> int:
-    """Tokens that the model's positions reach; a large number where its configuration does not say."""
+def text_config(name: str):
+    """The configuration of the language model in `name`. UserError in one line if there is none."""
     try:
-        config = AutoConfig.from_pretrained(EMBEDDED.get(name, name)).get_text_config()
+        return AutoConfig.from_pretrained(EMBEDDED.get(name, name)).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(cannot_load(name, error)) from None
-    return getattr(config, "max_position_embeddings", 1 << 30)
+
+
+def context_length(name: str) -> int:
+    """Tokens of the longest dialogue that the model `name` takes."""
+    return reach(text_config(name))
+
+
+def reach(config) -> int:
+    """Tokens that a model's positions reach; a large number where its configuration does not say.
+
+    Where positions are scaled by the longest dialogue at hand (Phi-3 with 128k tokens, "dynamic" RoPE) only as far as
+    none are: beyond, a message's log-probs would depend on what else is in the batch.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or 1 << 30
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # one a kind of layer, or one
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            longest = min(longest, kind.get("original_max_position_embeddings") or longest)
+    return longest
 
 
 def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device | None = None,
@@ -66,12 +99,38 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
             EMBEDDED.get(source, source), dtype=dtype, quantization_config=nf4(dtype) if load_in_4bit else None,
             device_map={"": device})
         keep_4bit_layout(model)
+        check_model(model.eval())
         if is_lora:
             # here, not above: PEFT takes seconds to import, and a wrong flag should be told at once
             from peft import PeftModel
             model = PeftModel.from_pretrained(model, adapter)
+    except UserError as error:
+        raise UserError(f"model {source}: {error}") from None
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(cannot_load(source, error)) from None
+    return model.eval()
+
+
+def put_adapter(model, adapter: str):
+    """The policy in folder `adapter` on the base model's weights that are in memory; earlier adapters stay unused.
+
+    A fully fine-tuned model is no adapter: it is loaded instead.
+    """
+    if not (Path(adapter) / "adapter_config.json").exists():
+        return load_model(adapter, device=model.device)
+    name = hashlib.sha256(adapter.encode()).hexdigest()[:16]  # PEFT allows no dot in an adapter's name
+    try:
+        if not has_adapters(model):
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+        elif name not in model.peft_config:
+            model.load_adapter(adapter, name)
+    except (RuntimeError, ValueError) as error:  # other shapes, or layers that this model does not have
+        if "size mismatch" not in str(error) and "Target modules" not in str(error):
+            raise
+        raise UserError(f"{adapter}: was trained on another model than {model.config._name_or_path}; "
+                        "give its own by --model") from None
+    model.set_adapter(name)
     return model.eval()
 
 

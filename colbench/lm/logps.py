@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colbench.lm.adapters import base_of
 from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
+from colbench.run.errors import UserError
 
 LOGITS_AT_ONCE = 2**26  # of message_logps: 256 MB in float32, 523 positions of a 128k vocabulary
 
@@ -52,6 +53,41 @@ def message_logps(model, trees: list[Tree]) -> list[list[torch.Tensor]]:
         logps = torch.cat([_FrozenHead.apply(base, *part) for part in parts])
     per_message = iter(logps.split(lengths))
     return [[next(per_message) for _ in range(len(spans) + len(leaves))] for _, spans, leaves in trees]
+
+
+@torch.no_grad()
+def check_model(model) -> None:
+    """UserError where the log-probs of a message are not its own.
+
+    It may have others alone than among neighbours (positions or a mask that are not obeyed), or others when the
+    neighbours change (layers that carry a state)."""
+    config = model.config.get_text_config()
+    kinds = {"conv", "linear_attention", "mamba"} & {*(getattr(config, "layer_types", None) or ())}
+    if kinds or getattr(model, "_is_stateful", False):
+        raise UserError("layers that carry a state from token to token are not supported (a message's log-probs would "
+                        "depend on what lies before it in the row); choose a model with attention layers only")
+    draw = torch.Generator().manual_seed(0)
+    before, trunk, leaf, sibling, other, another = (
+        torch.randint(config.vocab_size, (n,), generator=draw).tolist() for n in (17, 11, 5, 7, 17, 7))
+
+    def among(before, sibling):
+        return torch.cat(message_logps(model, [Tree(before, [], []), Tree(trunk, [(4, 9)], [sibling, leaf])])[1][::2])
+
+    try:
+        packed, moved = among(before, sibling), among(other, another)
+        logps = model(input_ids=torch.tensor([trunk + leaf], device=model.device)).logits[0].float().log_softmax(-1)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError("its layers do not take several dialogues in one row, so no message's log-probs can be had "
+                        f"({' '.join(str(error).split())[:150]}); choose a model with attention layers only") from None
+    places = torch.tensor([*range(4, 9), *range(11, 16)], device=model.device)
+    alone = logps[places - 1, torch.tensor(trunk + leaf, device=model.device)[places]]
+    exact = model.dtype == torch.float32
+    for what, difference, most in (
+            ("when its neighbours in the row change", (packed - moved).abs().max(), 1e-5 if exact else 0.05),
+            ("among others than alone", (packed - alone).abs().max(), 1e-3 if exact else 0.5)):
+        if not difference < most:
+            raise UserError(f"a message has other log-probs {what} (by {difference:.2g} nats), which is not supported; "
+                            "choose a model with attention layers only")
 
 
 def message_means(model, trees: list[Tree]) -> list[list[torch.Tensor]]:

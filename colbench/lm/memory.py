@@ -23,34 +23,46 @@ def memory_now(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def sampling_memory(model, batch_tokens: int) -> str:
-    """Estimate for sampling `batch_tokens` tokens at a time.
+def shape(model) -> tuple[int, int, int, int] | None:
+    """(layers, hidden size, size within the MLP, size of a layer's keys) of a model; None where its configuration does
+    not say it in the usual fields."""
+    config = model.config.get_text_config()
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return config.num_hidden_layers, +config.hidden_size, +inner, heads * width
+    except (AttributeError, TypeError):  # no such field; one number a layer
+        return None
+
+
+def sampling_memory(model, batch_tokens: int) -> str | None:
+    """Estimate for sampling `batch_tokens` tokens at a time; None for a model of unusual shape.
 
     What is held now, their keys and values with room to grow, and the activations of one layer while the prompts are
     read.
     """
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 9 / 8 * config.num_hidden_layers * 2 * heads * width
-    layer = 4 * config.hidden_size + 3 * config.intermediate_size
+    if not shape(model):
+        return None
+    layers, hidden, inner, keys = shape(model)
+    cache, layer = 9 / 8 * layers * 2 * keys, 4 * hidden + 3 * inner
     total = memory_now(model.device) + batch_tokens * (cache + layer) * model.dtype.itemsize
     return f"at most about {total / 1e9:.1f} GB while sampling (--batch-tokens {batch_tokens:,})"
 
 
-def training_memory(model, tokens: int, checkpointing: bool) -> str:
-    """Estimate for training with `tokens` tokens in one pass.
+def training_memory(model, tokens: int, checkpointing: bool) -> str | None:
+    """Estimate for training with `tokens` tokens in one pass; None for a model of unusual shape.
 
     What is held now, gradients and Adam's two moments of what is trained, activations (of one layer at a time with
     gradient checkpointing), mask, and one chunk of logits with its gradient.
     """
-    config = model.config.get_text_config()
+    if not shape(model):
+        return None
+    layers, hidden, inner, _ = shape(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    hidden, inner = config.hidden_size, config.intermediate_size
     # kept for the backward pass, LoRA's inputs included
     layer = tokens * (14 * hidden + 6 * inner) * model.dtype.itemsize
-    layers = config.num_hidden_layers
     activations = layer + layers * tokens * hidden * model.dtype.itemsize if checkpointing else layers * layer
-    logits = 3 * 4 * min(LOGITS_AT_ONCE, tokens * config.vocab_size)
+    logits = 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.config.get_text_config().vocab_size)
     total = memory_now(model.device) + 12 * trained + activations + tokens**2 + logits
     return f"about {total / 1e9:.1f} GB with up to {tokens:,} tokens in one pass (--tokens-per-step)"

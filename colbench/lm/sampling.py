@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from colbench.lm.adapters import adapters_off, base_of
+from colbench.lm.load import reach
 from colbench.lm.logps import attention_masks, logits_of
 from colbench.lm.server import Reply
 from colbench.lm.tokens import encode_dialogue, end_of_turn
@@ -30,7 +31,7 @@ class LocalChat:
 
     def __init__(self, model, tokenizer, adapters: bool = True, batch_tokens: int = 65536):
         self.model, self.tokenizer, self.adapters, self.batch_tokens = model, tokenizer, adapters, batch_tokens
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
+        self.context = reach(model.config.get_text_config())
         stops = model.generation_config.eos_token_id
         self.stops = {end_of_turn(tokenizer), *(stops if isinstance(stops, list) else [] if stops is None else [stops])}
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from colbench.env.dialogue import prompt_messages
 from colbench.env.hidden_info import with_hidden_info
-from colbench.lm.adapters import adapters_off, has_adapters, put_adapter
-from colbench.lm.load import load_model
+from colbench.lm.adapters import adapters_off, has_adapters
+from colbench.lm.load import load_model, put_adapter
 from colbench.lm.logps import Tree, dialogue_tree, message_logps, pack, tree_tokens
 from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
 from colbench.run.files import append_jsonl, dialogue_hash, repair_jsonl, write_aside

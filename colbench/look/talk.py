@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from colbench.env.contract import load_environment
 from colbench.env.dialogue import MAX_TURNS, play
 from colbench.env.humans import leaks
-from colbench.lm.adapters import has_adapters, put_adapter
-from colbench.lm.load import load_model, load_tokenizer, prepare_machine
+from colbench.lm.adapters import has_adapters
+from colbench.lm.load import load_model, load_tokenizer, prepare_machine, put_adapter
 from colbench.lm.sampling import LocalChat
 from colbench.lm.server import ServerChat, is_address
 from colbench.look.credit import add_credit

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from colbench.lm.adapters import training_mode
 from colbench.lm.memory import model_row, training_memory
 from colbench.run.errors import UserError
 from colbench.run.files import append_jsonl, lock_run, repair_jsonl, seed_of, write_aside
@@ -91,7 +92,7 @@ class Training:
                 "tokens": tokens and f"about {count(args.epochs * tokens)} in all",
                 "memory": tokens and training_memory(model, args.tokens_per_step, args.gradient_checkpointing),
                 "output": f"{output}; curves at any time: python -m colbench.look.report {args.run}"})
-        model.train()
+        training_mode(model)
 
     def steps(self):
         """The numbers of the steps that are to be done, behind a progress bar."""
@@ -102,7 +103,6 @@ class Training:
     def batch(self, step: int) -> tuple[list[int], float]:
         """(numbers of this process's examples, the weight of one in the mean over the batch of all processes)."""
         accelerator, seed = self.accelerator, self.args.seed
-        torch.manual_seed(seed_of(seed, self.output.name, step, accelerator.process_index))  # for models with dropout
         epoch, place = divmod(step, self.steps_per_epoch)
         numbers = range(len(self.weights))
         order = random.Random(seed_of(seed, self.output.name, epoch)).sample(numbers, len(numbers))
@@ -116,6 +116,9 @@ class Training:
         """Average the gradients over the processes and clip them. False where loss or gradient is NaN or infinite in
         any process: this step is to be left out."""
         for parameter in self.parameters:
+            # what no text of this process passed (an expert, say) may have a gradient in another one
+            if parameter.grad is None and self.accelerator.num_processes > 1:
+                parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         self.log.means(float(self.accelerator.clip_grad_norm_(self.parameters, largest_norm)))
@@ -152,8 +155,7 @@ def previous(path: Path) -> Path:
 
 def save_checkpoint(accelerator, output: Path, model, optimizer, schedule, step: int, data) -> None:
     """Trained weights, optimiser and schedule after `step` steps on `data` (a hash), written aside and renamed; the
-    one before is kept. Data order and random numbers need no state: the order is a function of seed and epoch, each
-    step sets its own seed."""
+    one before is kept. Data order needs no state: it is a function of seed and epoch."""
     if accelerator.is_main_process:
         path = checkpoint_path(output)
         parameters = accelerator.unwrap_model(model).named_parameters()
