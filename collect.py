@@ -18,12 +18,13 @@ alone sees c, replies. All random numbers come from (seed, task, sample, turn), 
 Interrupted, the same command goes on, and plays again what an error had ended; a line that is written is
 never lost. The next stage is train_critic.py.
 """
+import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
 from pathlib import Path
 
 from tqdm import tqdm
 
-from colbench.env.data import failed, load_trajectories
-from colbench.env.dialogue import keep_sound, play, prompt_messages, said
+from colbench.env.data import episode_line, failed, load_trajectories
+from colbench.env.dialogue import failures, keep_sound, play, prompt_messages, said
 from colbench.env.flags import add_playing_flags, check_playing_flags, load_tasks, parse_flags, script_parser
 from colbench.lm.load import load_model, load_tokenizer, prepare_machine
 from colbench.lm.memory import model_row, sampling_memory
@@ -49,7 +50,7 @@ def main():
     args, environment = parse_args()
     lock_run(args.trajectories.parent, f"collect-{args.trajectories.stem}")
     todo, order = work(args, environment)
-    there = repair_jsonl(args.trajectories, ("id", "sample"))
+    there = repair_jsonl(args.trajectories, episode_line(environment))
     # what an error had ended is dropped here and played again
     lines = [line for line in there if args.add_candidates_to or not failed(line)]
     done = {episode_key(line): line for line in lines}
@@ -113,7 +114,7 @@ def complete(args, agent, env, trajectories: list[dict], done: dict):
             trajectory.setdefault("system", args.agent_prompt.replace("{max_turns}", str(args.max_turns)))
             for i, message in enumerate(trajectory["dialogue_history"]):
                 names = (args.seed, *episode_key(trajectory), i)
-                if message["role"] != "assistant" or "candidates" in message:
+                if message["role"] != "assistant" or message.get("candidates"):
                     continue
                 if seed_of(*names, "candidates") / 2**63 < args.candidate_share:
                     turns.append((trajectory, message))
@@ -171,12 +172,13 @@ def print_plan(args, agent, env):
 
 def print_summary(args, lines: list[dict]) -> None:
     """What was made, and whether stage 2 can use it: it needs tasks whose trajectories differ in reward."""
+    trouble = failures(lines)
     good = [line for line in lines if not failed(line)]
     rewards = {}
     for line in good:
         rewards.setdefault(line["id"], set()).add(line["reward"])
     turns = [sum(m["role"] == "assistant" for m in line["dialogue_history"]) for line in good]
-    states = sum("candidates" in m for line in good for m in line["dialogue_history"])
+    states = sum(bool(m.get("candidates")) for line in good for m in line["dialogue_history"])
     replies = [m for line in good for m in line["dialogue_history"][1:] if m["role"] == "user"]
     n = max(1, len(good))
     print(f"{args.trajectories}: {len(good)} trajectories of {len(rewards)} tasks, {len(lines) - len(good)} "
@@ -187,6 +189,8 @@ def print_summary(args, lines: list[dict]) -> None:
     print(f"{differing} tasks have trajectories of different reward (the critic learns from these); "
           f"{states} states have candidates; the human's first draft held code of the reference in "
           f"{sum(m.get('leaked', False) for m in replies)} of {len(replies)} replies")
+    if trouble:
+        print(trouble)
     sharded = args.shard[1] > 1
     print(shards_hint(args.trajectories, args.shard) if sharded else next_step("train_critic.py", args))
 

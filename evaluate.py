@@ -24,6 +24,7 @@ what an error had ended. What else there is to look at:
     python -m colbench.look.comparison runs/a runs/b    # finished runs against each other, task by task
     python -m colbench.look.talk runs/tiny              # be the human yourself
 """
+import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +32,8 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from colbench.env.data import failed
-from colbench.env.dialogue import keep_sound, play
+from colbench.env.data import episode_line, failed
+from colbench.env.dialogue import failures, keep_sound, play
 from colbench.env.flags import add_playing_flags, check_playing_flags, load_tasks, parse_flags, script_parser
 from colbench.lm.adapters import adapters_off, has_adapters
 from colbench.lm.load import context_length, load_model, load_tokenizer, prepare_machine, put_adapter
@@ -65,7 +66,7 @@ def main():
     lock_run(args.episodes.parent, f"evaluate-{args.episodes.stem}")
     order = [(name, task["id"], sample) for name in args.names.values()
              for sample in range(args.k) for task in tasks]
-    there = repair_jsonl(args.episodes, ("policy", "id", "sample"))
+    there = repair_jsonl(args.episodes, episode_line(environment, policy=True))
     lines = [line for line in there if not failed(line)]  # what an error had ended is played again
     missing = {*order} - {episode_key(line) for line in lines}
     if not missing:
@@ -201,6 +202,7 @@ def report(args, env, tasks: list[dict], lines: list[dict], order: list[tuple], 
     wanted = {*order}
     lines = [line for line in lines if episode_key(line) in wanted]
     by_policy = {name: [line for line in lines if line["policy"] == name] for name in args.names.values()}
+    trouble = failures(lines)
     evaluation = env.evaluation(by_policy, tasks, read_json(args.metrics))
     settings = {name: str(value) if isinstance(value, Path) else hide_password(value)
                 for name, value in vars(args).items() if name != "names"}
@@ -213,7 +215,7 @@ def report(args, env, tasks: list[dict], lines: list[dict], order: list[tuple], 
     print()
     for name, *cells in rows:
         print(f"{name:{widths[0]}}", *(f"{cell:>{n}}" for cell, n in zip(cells, widths[1:])), sep="  ")
-    print("", *env.remarks(evaluation, tasks), sep="\n")
+    print("", *env.remarks(evaluation, tasks), *filter(None, [trouble]), sep="\n")
     if args.critic and args.best_of == 1:
         add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
                    load_tokenizer(args.model), model)
@@ -226,6 +228,8 @@ def report(args, env, tasks: list[dict], lines: list[dict], order: list[tuple], 
     elif critic.exists() and not args.critic:
         print(f"next: which turn earned the credit? The same command with --critic {critic}. Be the human? "
               f"python -m colbench.look.talk {args.run}")
+    for name, of_policy in by_policy.items():
+        failures(of_policy, f" of {name}")
 
 
 def parse_args():

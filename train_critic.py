@@ -28,6 +28,7 @@ Reads RUN/trajectories.jsonl. Writes RUN/critic/ (a PEFT adapter), RUN/critic_lo
 RUN/critic_reference.jsonl (log π_ref, a cache) and RUN/preferences.jsonl: a line a state with messages,
 candidates and their advantages. Interrupted, the same command goes on.
 """
+import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
 import random
 from contextlib import nullcontext
 from functools import partial
@@ -37,7 +38,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from colbench.env.data import failed, load_trajectories, of_first_tasks
+from colbench.env.data import load_trajectories, of_first_tasks
 from colbench.env.dialogue import MAX_TURNS, prompt_messages
 from colbench.env.flags import at_least_one, parse_flags, played_with, refuse_unused, script_parser
 from colbench.env.hidden_info import with_hidden_info
@@ -172,11 +173,8 @@ def examples(args) -> str:
 
 def load_pairs(args, environment, tokenizer):
     """Trajectories, their pairs, and the tree (tokens, spans of the agent's turns) of each one in a pair."""
-    everything = load_trajectories(args.trajectories, environment.check_task)
-    for number, trajectory in enumerate(everything, 1):
-        if "reward" not in trajectory and not failed(trajectory):
-            raise UserError(f"{args.trajectories}:{number}: reward: missing; score it with collect.py "
-                            f"--run OTHER --add-candidates-to {args.trajectories}")
+    everything = load_trajectories(args.trajectories, environment.check_task, scored=True)
+    for trajectory in everything:
         trajectory.setdefault("system", environment.prompt.replace("{max_turns}", str(MAX_TURNS)))
     trajectories = [t for t in of_first_tasks(everything, args.max_trajectories) if "reward" in t]
     if args.critic == "value":

@@ -26,8 +26,8 @@ Reads RUN/preferences.jsonl, from which c was taken away (baselines: RUN/traject
 dialogue alone). Writes RUN/policy/ (a PEFT adapter), RUN/policy_log.jsonl and RUN/policy_reference.jsonl (log
 π_ref, a cache). Interrupted, the same command goes on.
 """
+import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
 import argparse
-import math
 import random
 import statistics
 from pathlib import Path
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from colbench.env.data import load_trajectories, of_first_tasks
+from colbench.env.data import load_trajectories, of_first_tasks, state_line
 from colbench.env.dialogue import MAX_TURNS, prompt_messages
 from colbench.env.flags import at_least_one, parse_flags, refuse_unused, script_parser
 from colbench.lm.adapters import adapters_off, add_lora
@@ -43,7 +43,7 @@ from colbench.lm.load import context_length, load_model, load_tokenizer, prepare
 from colbench.lm.logps import Tree, dialogue_tree, message_logps, pack, tree_tokens
 from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
 from colbench.run.errors import UserError, run_main
-from colbench.run.files import numbered_rows, seed_of
+from colbench.run.files import read_jsonl, seed_of
 from colbench.run.settings import next_step
 from colbench.train.loop import Training, add_training_flags, is_trained, start_accelerator
 from colbench.train.reference import cached_logps
@@ -182,10 +182,7 @@ def load_states(args, _, tokenizer) -> list[dict]:
     """States with pairs: {"trees": [a prompt with its distinct messages as leaves], "pairs": [([number of
     a+], [number of a−]), ...]}; the numbers are those of the messages in message_logps' order."""
     rows, last_turns = [], 0
-    fields = ("id", "sample", "turn", "messages", "candidates", "advantages")
-    for number, row in numbered_rows(args.preferences, fields):
-        if len(row["candidates"]) != len(row["advantages"]) or not all(map(math.isfinite, row["advantages"])):
-            raise UserError(f"{args.preferences}:{number}: advantages: as many finite numbers as candidates")
+    for row in read_jsonl(args.preferences, state_line):
         if args.skip_last_turn and row.get("last_turn"):
             last_turns += 1
         elif row["candidates"]:

@@ -213,7 +213,8 @@ def units_of(algorithm, path, tokenizer, **changes):
 
 
 def test_why_there_is_no_pair(tmp_path, tokenizer):
-    append_jsonl(tmp_path / "last.jsonl", {"id": "a", "sample": 0, "turn": 1, "last_turn": True, "messages": [],
+    append_jsonl(tmp_path / "last.jsonl", {"id": "a", "sample": 0, "turn": 1, "last_turn": True,
+                                           "messages": [{"role": "user", "content": "Write f."}],
                                            "candidates": ["x", "y"], "advantages": [0.0, 1.0]})
     settings = SimpleNamespace(preferences=tmp_path / "last.jsonl", skip_last_turn=True, gap=0.2, max_tokens=100)
     with pytest.raises(UserError,

@@ -1,12 +1,15 @@
 """The turn protocol, with agents and humans whose every word is known."""
+import json
 
 import pytest
 
 from colbench.env.data import failed
-from colbench.env.dialogue import answer_of, keep_sound, play, said
+from colbench.env.dialogue import answer_of, failures, keep_sound, play, said
 from colbench.lm.server import Reply
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
+from stages import lines, run
+from test_server import Server as HttpServer
 
 PROMPT = "Ask, then answer."
 TASKS = [{"id": f"t{i}", "problem_description": f"request {i}", "ground_truth": f"def f():\n    return {i}  # SECRET"}
@@ -66,6 +69,28 @@ def test_published_output_rule():
     assert answer_of(history, last_turn=False) is None and answer_of(history, last_turn=True) == "a question?"
     history[-1]["content"] = "I WANT TO ANSWER: a I WANT TO ANSWER: b"
     assert answer_of(history, last_turn=False) == "a"
+
+
+def test_thoughts_are_kept_and_neither_searched_nor_shown():
+    def speak(messages, seed):
+        thoughts = "I WANT TO ANSWER: no OUTPUT: no" if turns(messages) < 2 else ""
+        return Reply("I WANT TO ANSWER: x" if turns(messages) == 2 else f"question {turns(messages)}", 1, thoughts)
+
+    class Thinker(Human):
+        thoughts = ["SECRET"]
+
+        def reply(self, tasks, histories, seeds):
+            assert "thoughts" not in str(histories) and "ANSWER" not in str(histories)
+            return super().reply(tasks, histories, seeds)
+
+    agent = Agent(speak)
+    [episode] = episodes(agent, Thinker(), [(TASKS[0], 0)], candidate_share=1.0, n_candidates=2).values()
+    history = episode["dialogue_history"]
+    assert [m.get("thoughts") for m in history] == [
+        None, "I WANT TO ANSWER: no OUTPUT: no", "SECRET", "I WANT TO ANSWER: no OUTPUT: no", "SECRET", None]
+    assert [m["content"] for m in history[1:]] == ["question 0", "yes", "question 1", "yes", "I WANT TO ANSWER: x"]
+    assert episode["answer"] == "x" and history[1]["output"] == "question 0" == history[1]["candidates"][1]
+    assert "SECRET" not in str(agent.shown) and "no OUTPUT" not in str(agent.shown)
 
 
 def test_an_error_ends_its_own_dialogue_only():
@@ -161,6 +186,47 @@ def test_a_run_in_which_all_fails_stops():
     assert error.startswith("the last 5 dialogues all failed (human: x)")
     written, error = passed_on(keep_sound(map(batch, ["+++", "----"]), [], window=5))
     assert len(written) == 7 and error is None  # the end of the run: they count as failed
+
+
+def test_failures_are_told_and_nothing_but_failures_is_an_error():
+    assert failures(batch("++")) is failures([]) is None
+    assert failures(batch("+-+-")) == "2 of 4 dialogues failed, the last one because of: human: x"
+    with pytest.raises(UserError, match="all 3 dialogues failed.*human: x.*plays them again"):
+        failures(batch("---"))
+
+
+def test_the_scripts_tell_why_dialogues_fail(tmp_path):
+    """On a server that refuses some of them, then all: one line, exit code 2, and the same command goes on."""
+    refused = {"names": ["bad"]}
+
+    def behave(body, earlier):
+        if any(name in str(body["messages"]) for name in refused["names"]):
+            return 400, {}, {"error": {"message": "maximum context length is 7"}}
+        return "I WANT TO ANSWER:\ndef f(x):\n    return x + 1"
+
+    server = HttpServer(behave)
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({
+        "id": name, "problem_description": f"{name}: write f.", "ground_truth": "def f(x):\n    return x + 1",
+        "test_cases": {"a": "f(1)"}}) + "\n" for name in ("bad", "good")))
+    reason = f"agent: RuntimeError: {server.url}/v1: error 400: "
+    try:
+        for script, more, file in (("collect.py", ["--candidate-share", 0, "--model"], "trajectories"),
+                                   ("evaluate.py", ["--policies"], "episodes")):
+            arguments = ["--run", tmp_path / script, "--tasks", tasks, "--n-tasks", 2, "--k", 1, *more,
+                         f"{server.url}#first"]
+            refused["names"] = ["bad", "good"]
+            done = run(script, *arguments, code=2)
+            assert "Traceback" not in done.stderr
+            assert f"\nerror: all 2 dialogues failed, the last one because of: {reason}" in f"\n{done.stderr}"
+            assert [line["outcome"] for line in lines(tmp_path / script / f"{file}.jsonl")] == ["simulation_failed"] * 2
+            refused["names"] = ["bad"]
+            assert f"1 of 2 dialogues failed, the last one because of: {reason}" in run(script, *arguments).stdout
+            refused["names"] = []
+            assert "dialogues failed" not in run(script, *arguments).stdout
+            assert [line["reward"] for line in lines(tmp_path / script / f"{file}.jsonl")] == [1.0, 1.0]
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize("written", [0, 1, 3, 20, 23])

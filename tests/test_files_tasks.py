@@ -68,7 +68,7 @@ def test_rows_survive_whatever_text_they_hold(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, says):
     path = write(tmp_path / "rows.jsonl", ['{"a": 1}'] * 15 + ["", line, '{"a": 1}'])
     with pytest.raises(UserError) as error:
-        read_jsonl(path, required=["a"])
+        read_jsonl(path, {"a": range(9)})
     assert str(error.value).startswith(f"{path}:17: ") and says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -275,9 +275,9 @@ def test_published_tasks_load(tmp_path, form):
     (dict(problem_description="absent"), "problem_description: missing"),
     (dict(problem_description=None), "problem_description: missing"),
     (dict(problem_description=" \n"), "problem_description: empty"),
-    (dict(problem_description=["a"]), "problem_description: not a text"),
+    (dict(problem_description=["a"]), "problem_description: a text is wanted, this is a list"),
     (dict(ground_truth=""), "ground_truth: empty"),
-    (dict(ground_truth={"code": "x"}), "ground_truth: not a text"),
+    (dict(ground_truth={"code": "x"}), "ground_truth: a text is wanted, this is an object"),
     (dict(ground_truth="def add(n):\nreturn n"), "ground_truth: not Python"),
     (dict(ground_truth="x = '\0'"), "ground_truth: not Python"),
     (dict(ground_truth="\ud800"), "ground_truth: not Python"),
@@ -285,7 +285,9 @@ def test_published_tasks_load(tmp_path, form):
     (dict(test_cases="absent"), "test_cases: missing"),
     (dict(test_cases={}), "test_cases: a task without tests"),
     (dict(test_cases="{}"), "test_cases: a task without tests"),
-    (dict(test_cases=None), "test_cases: a dict of name: call is wanted, this is a NoneType"),
+    (dict(test_cases=None), "test_cases: missing"),
+    (dict(test_cases={"test1": None}), "test_cases: a task without tests"),
+    (dict(test_cases="[" * 100_000), "test_cases: neither JSON nor Python text of a dict"),
     (dict(test_cases=["add(1)"]), "test_cases: a dict of name: call is wanted, this is a list"),
     (dict(test_cases="['add(1)']"), "test_cases: a dict of name: call is wanted, this is a list"),
     (dict(test_cases="add(1)"), "test_cases: neither JSON nor Python text of a dict"),
@@ -394,19 +396,19 @@ USER, AGENT = {"role": "user", "content": "?"}, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(task="absent"), "task: missing"), (dict(task="text"), "task: an object is wanted, this is a str"),
+    (dict(task="absent"), "task: missing"), (dict(task="text"), "task: an object is wanted, this is a text"),
     (dict(dialogue_history="absent"), "dialogue_history: missing"),
     (dict(dialogue_history=[]), "dialogue_history: a list of messages is wanted"),
-    (dict(dialogue_history="hello"), "dialogue_history: a list of messages is wanted"),
+    (dict(dialogue_history="hello"), "dialogue_history: a list is wanted, this is a text"),
     (dict(dialogue_history=[USER, "!"]), "dialogue_history[1]: an object is wanted"),
     (dict(dialogue_history=[USER, {"role": "agent", "content": ""}]), "dialogue_history[1]: role: "),
     (dict(dialogue_history=[USER, {"content": ""}]), "dialogue_history[1]: role: "),
     (dict(dialogue_history=[USER, AGENT, {"role": "user", "content": 5}]), "dialogue_history[2]: content: a text"),
     (dict(dialogue_history=[AGENT, USER]), "dialogue_history[0]: role: the user's request comes first"),
     (dict(dialogue_history=[USER, USER]), "dialogue_history: no assistant message"),
-    (dict(answer=5), "answer: a text is wanted"), (dict(reward="1"), "reward: a number is wanted, this is '1'"),
+    (dict(answer=5), "answer: a text is wanted"), (dict(reward="1"), "reward: a number is wanted, this is a text"),
     (dict(reward=float("nan")), "reward: a number is wanted, this is nan"),
-    (dict(sample="first"), "sample: a whole number is wanted"),
+    (dict(sample="first"), "sample: a whole number from 0 on is wanted, this is a text"),
 ])
 def test_a_bad_trajectory_is_named_with_file_line_and_field(tmp_path, changes, says):
     path = write(tmp_path / "bad.jsonl", [trajectory(n) for n in range(3)] + [trajectory(3, **changes)])

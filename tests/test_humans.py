@@ -232,10 +232,14 @@ def simulator():
     drafts = {"plain": ("  Human: Free above 250.\n", None), "long": ("word " * 200, None),
               "once": (f"Here: {code}", "It is 3 per kilo."), "twice": (f"First. {code}", f"The second time. {code}"),
               "only": (code, code), "mute": ("", ""), "then down": (f"Before it. {code}", 500), "down": (500, 500),
-              "then blank": (f"Before it. {code}", "  "), "blank": (" ", "\n")}
+              "then blank": (f"Before it. {code}", "  "), "blank": (" ", "\n"),
+              "thinks": (f"<think>{code}</think>\nHuman: It is 3.\n\nAgent: Thanks.", None),
+              "thinks of code": (f"<think>first</think>{code}", "<think>second</think>It is 3.")}
 
     def behave(body, earlier):
         kind = re.findall(r"Agent: (.*)\n", last(body))[-1]
+        if kind.startswith("thinks long"):
+            return "<think>hm" + "</think>It is 3." * (body["max_tokens"] > 1000 and kind == "thinks long")
         text = drafts[kind][0 if body["temperature"] == 0 else 1]
         return (500, {}, {"error": {"message": "dead"}}) if text == 500 else (200, {}, completion(text))
     server = Server(behave)
@@ -258,6 +262,16 @@ def test_leaks_are_drawn_again_once_then_cut(simulator):
     assert len(second) == 6 and not {body["seed"] for body in second} & set(range(len(kinds)))
     human.reply([TASK], [history("plain")], [0])
     assert (human.replies, human.leaks, human.cuts) == (9, 5, 4)
+
+
+def test_thoughts_are_no_part_of_a_reply_and_no_leak(simulator):
+    human = ModelHuman(ServerChat(simulator.url, "first", max_retries=0), HUMAN_PROMPT)
+    kinds = ["thinks", "plain", "thinks of code", "thinks long", "down", "thinks longer"]
+    replies = human.reply([TASK] * len(kinds), [history(kind) for kind in kinds], range(len(kinds)))
+    assert replies[:4] == ["It is 3.", "Free above 250.", "It is 3.", "It is 3."]
+    assert "all of it thoughts" in str(replies[5]) and isinstance(replies[4], Exception)
+    assert human.thoughts == [f"```python\n{SHIPPING}```", "", "second", "hm", "", ""]
+    assert human.leaked == [False, False, True, False, False, False] and (human.replies, human.leaks) == (4, 1)
 
 
 def test_the_human_sees_everything_and_gives_none_of_it_away(simulator):

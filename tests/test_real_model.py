@@ -214,7 +214,7 @@ def test_server_chat(server, folder, model, tokenizer):
     assert all(1 <= reply.tokens <= 12 for reply in row)
     # one request at a time, its seed holds; the server's requests share one random generator
     one, again = (chat.sample([messages], [[5]], max_new_tokens=12)[0][0] for _ in range(2))
-    assert one == again and chat._seed_accepted
+    assert one == again and chat._takes["seed"]
 
 
 def test_server_that_lists_no_model_or_has_another(server):

@@ -421,11 +421,11 @@ def test_what_time_is_left_goes_first_to_calls_that_end(scorer):
     """The fixed mode has its due whatever the official one does, and that one's calls that end in both come first."""
     loops = "def f(x):\n    try:\n        while x < 4: pass\n    except TimeoutError: pass\n    return x"
     calls = [f"f({k})" for k in range(8)]
-    outcomes = scorer.zygotes[1].run({"official": loops, "fixed": loops}, calls, 0.3, total=1.7)
+    outcomes = scorer.zygotes[1].run({"official": loops, "fixed": loops}, calls, 0.5, total=3.5)
     ends = [("timed out", b"")] * 4 + [("value", str(k).encode()) for k in range(4, 8)]
     assert outcomes == {"official": ends, "fixed": ends}
     loops = "def f(x):\n    while True:\n        try: return g()\n        except NameError: pass\ndef g(): return 1"
-    outcomes = scorer.zygotes[1].run({"official": loops, "fixed": loops}, calls, 0.3, total=1.0)
+    outcomes = scorer.zygotes[1].run({"official": loops, "fixed": loops}, calls, 0.5, total=2.5)
     assert outcomes == {"official": [("timed out", b"")] * 8, "fixed": [("value", b"1")] * 8}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from colbench.lm.server import Reply, ServerChat
+from colbench.lm.texts import NoText, OnlyThoughts
 from colbench.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,8 +91,8 @@ class Server:
         self.server.server_close()
 
 
-def completion(text, tokens=3, reason="stop"):
-    message = {"role": "assistant", "content": text}
+def completion(text, tokens=3, reason="stop", **more):
+    message = {"role": "assistant", "content": text, **more}
     usage = {"usage": {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + (tokens or 0)}}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "first",
             "choices": [{"index": 0, "message": message, "finish_reason": reason}], **(usage if tokens else {})}
@@ -230,6 +231,150 @@ def test_a_server_that_does_not_count_tokens(serve):
     assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply("hi", None)]]
 
 
+def part(kind, text, key="text"):
+    return {"type": kind, key: text}
+
+
+@pytest.mark.parametrize("message, reply", [
+    ({"content": [part("text", "hello")]}, ("hello", "")), ({"content": ["hel", part("text", "lo")]}, ("hello", "")),
+    ({"content": [part("thinking", [part("text", "hm")], "thinking"), part("text", "hello")]}, ("hello", "hm")),
+    ({"content": [part("reasoning", "hm"), part("output_text", "hello")]}, ("hello", "hm")),
+    ({"content": [part("thinking", "hm", "thinking") | {"text": ""}, part("text", "hello")]}, ("hello", "hm")),
+    ({"content": [{"text": "hm", "thought": True}, {"text": "hello"}]}, ("hello", "hm")),
+    ({"content": [part("reasoning", [part("summary_text", "hm")], "summary"), part("text", "hello")]}, ("hello", "hm")),
+    ({"content": {"text": "hello"}}, ("hello", "")), ({"content": {"parts": [{"text": "hello"}]}}, ("hello", "")),
+    ({"content": 7}, ("7", "")), ({"content": [None, part("text", {"value": "hello"}), {}]}, ("hello", "")),
+    ({"content": "hello", "reasoning_content": "hm"}, ("hello", "hm")),
+    ({"content": "hello", "reasoning": "hm", "reasoning_content": None}, ("hello", "hm")),
+    ({"content": "hello", "reasoning_details": [part("reasoning.text", "hm")]}, ("hello", "hm")),
+    ({"content": "<think>so</think>hello", "reasoning_content": "hm"}, ("hello", "hm\n\nso")),
+    ({"content": "hello<|im_end|>", "refusal": None, "tool_calls": None}, ("hello", "")),
+    ({"content": [part("text", "a</think>hello")]}, ("hello", "a")),
+])
+def test_content_of_every_shape_and_thoughts_in_it_or_beside_it(serve, message, reply):
+    server = serve(lambda body, earlier: (200, {}, completion(**({"text": message["content"]} | {
+        name: value for name, value in message.items() if name != "content"}))))
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply(reply[0], 3, reply[1])]]
+
+
+@pytest.mark.parametrize("message, words", [
+    (completion(None, reasoning_content="hm"), "all of it thoughts"), (completion("<think>hm"), "all of it thoughts"),
+    (completion([part("thinking", "hm", "thinking")]), "all of it thoughts"), (completion([]), "without text"),
+    (completion({}), "without text"), (completion([{"type": "image_url", "image_url": {"url": "x"}}]), "without text"),
+    (completion(None, refusal="I can't help."), "the model refuses: I can't help."),
+    (completion(None, reason="tool_calls", tool_calls=[{"id": "1"}]), "a call of a tool (finish reason: tool_calls)"),
+    (completion("hal", reason="content_filter"), "broke off (finish reason: content_filter)"),
+    (completion("hal", reason="error"), "finish reason: error"), (completion("hal", reason="abort"), "reason: abort"),
+    (completion(None, reason=None), "without text (finish reason: None)"), (completion("<|im_end|>"), "without text"),
+])
+def test_what_says_nothing_is_asked_for_once_more_then_an_error(serve, message, words):
+    server = serve(lambda body, earlier: "hello" if last(body) != "x" and server.requests[1:] else (200, {}, message))
+    [[reply]] = ServerChat(server.url, "first").sample([says("x")], [[1]])
+    assert isinstance(reply, NoText) and isinstance(reply, OnlyThoughts) == ("thoughts" in words)
+    assert words in str(reply) and "twice" in str(reply) and len(server.requests) == 2
+    server.requests.clear()
+    [[reply]] = ServerChat(server.url, "first").sample([says("y")], [[1]])
+    assert reply.text == "hello" and len({body["seed"] for body in server.requests}) == 2
+
+
+@pytest.mark.parametrize("body, status, attempts", [
+    ({"error": {"message": "so it is", "code": 429}}, 429, 3),
+    ({"error": {"message": "so it is", "code": "502"}}, 502, 3),
+    ({"error": {"message": "so it is", "code": 400}, "choices": None}, 400, 1),
+    ({"error": {"message": "so it is", "code": 401}, "choices": []}, 401, 1),
+    ({"error": {"message": "so it is", "status": 503}}, 503, 3),
+    ({"object": "error", "message": "so it is", "code": 500}, 500, 3),
+    ({"error": {"message": "so it is", "type": "rate_limit_error"}}, 429, 3), ({"error": "so it\nis"}, 400, 1),
+    ({"error": {"message": "so it is: overloaded", "code": None}}, 429, 3), ({"detail": "so it is"}, 400, 1),
+    ({"error": {"message": "so it is", "code": "invalid_api_key"}}, 401, 1),
+    ({"choices": None, "base_resp": {"status_code": 1002, "status_msg": "so it is"}}, 400, 1),
+    ({"choices": [{"error": {"message": "so it is", "code": 502}, "finish_reason": "error",
+                   "message": {"role": "assistant", "content": "hal"}}]}, 502, 3),
+    (completion(None) | {"error": {"message": "so it is", "code": 504}}, 504, 3),
+])
+def test_an_error_inside_a_200_is_the_status_that_it_names(serve, body, status, attempts):
+    server = serve(lambda _, earlier: (200, QUICK, body))
+    [[reply]] = ServerChat(server.url, "first", max_retries=2).sample([says("x")], [[1]])
+    assert isinstance(reply, Exception) and "so it is" in str(reply) and f"error {status}" in str(reply)
+    assert len(server.requests) == attempts and "\n" not in str(reply)
+    with pytest.raises(UserError, match="so it is"):
+        ServerChat(server.url, "first", max_retries=0).check()
+    mended = serve(lambda _, earlier: "hello" if earlier else (200, QUICK, body))
+    [[reply]] = ServerChat(mended.url, "first", max_retries=2).sample([says("x")], [[1]])
+    assert (reply == Reply("hello", 3)) == (attempts > 1)
+
+
+@pytest.mark.parametrize("body", [completion("hello") | {"error": None}, completion("hello") | {"error": ""},
+                                  completion("hello") | {"code": 0, "message": "success"}])
+def test_a_completion_is_no_error(serve, body):
+    server = serve(lambda _, earlier: (200, {}, body))
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply("hello", 3)]]
+
+
+@pytest.mark.parametrize("body", [
+    "", "<html>a proxy</html>", "[]", '"hello"', "null", '{"choices": {}}', '{"choices": [1]}', '{"choices": [{}]}',
+    '{"choices": [{"message": null}]}', "[" * 20_000])
+def test_what_is_no_completion_is_one_line(serve, body):
+    server = serve(lambda _, earlier: (200, {"Content-Type": "application/json"}, body))
+    [[reply]] = ServerChat(server.url, "first").sample([says("x")], [[1]])
+    assert isinstance(reply, Exception) and "\n" not in str(reply) and len(str(reply)) < 400
+    assert "no chat completion" in str(reply) or len(body) > 1000
+
+
+@pytest.mark.parametrize("status, words", [
+    (400, "Conversation roles must alternate user/assistant/user/assistant/..."), (400, "System role not supported"),
+    (500, "Internal Server Error"), (422, "Template error: unknown method"),
+    (200, "Only user and assistant roles are supported!"), (400, "messages[0].role: 'system' is not one of the roles"),
+    (400, "Developer instruction is not enabled for models/gemma"),
+])
+def test_a_server_without_a_system_role(serve, status, words, capsys):
+    def behave(body, earlier):
+        refusal = {"error": {"message": words, "code": max(status, 400)}}
+        return (status, QUICK, refusal) if body["messages"][0]["role"] == "system" else last(body)
+    server = serve(behave)
+    dialogue = [{"role": "system", "content": "Ask."}, *says("Please."), {"role": "assistant", "content": "a"},
+                *says("b")]
+    chat = ServerChat(server.url, "first", concurrency=6, max_retries=0)
+    for _ in range(2):  # the first six find out at the same time, the next ones know
+        assert chat.sample([dialogue] * 3, [[1, 2]] * 3) == [[Reply("b", 3)] * 2] * 3
+        assert sum(body["messages"][0]["role"] == "system" for body in server.requests) <= 6
+    assert server.requests[-1]["messages"] == [*says("Ask.\n\nPlease."), *dialogue[2:]]
+    assert capsys.readouterr().err.count("takes no system role") == 1
+
+
+def test_a_server_without_system_role_and_seed_and_one_that_only_speaks_of_roles(serve, capsys):
+    def behave(body, earlier):
+        has_system = body["messages"][0]["role"] == "system"
+        trouble = "seed: not allowed" if "seed" in body else "bad role" if has_system else None
+        return (400, {}, {"error": {"message": trouble}}) if trouble else "hello"
+    server = serve(behave)
+    dialogue = [{"role": "system", "content": "Ask."}, *says("Please.")]
+    chat = ServerChat(server.url, "first")
+    assert [chat.sample([dialogue], [[1]]) for _ in range(2)] == [[[Reply("hello", 3)]]] * 2
+    assert "seed" not in server.requests[-1] and len(server.requests[-1]["messages"]) == 1
+    assert capsys.readouterr().err.count("\n") == 2
+    long = serve(lambda body, earlier: (400, {}, {"error": {"message": "too long: the role of a seed in a system"}})
+                 if last(body).endswith("Please.") else "hello")
+    chat = ServerChat(long.url, "first")
+    [[first], [second]] = chat.sample([dialogue, [dialogue[0], *says("x")]], [[1], [1]])
+    assert "too long" in str(first) and second.text == "hello" and long.requests[-1]["messages"][0]["role"] == "system"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_template_that_opens_the_thoughts_is_noticed_at_the_start(serve):
+    """Cut by the bound on tokens, such a reply has no tag at all."""
+    server = serve(lambda body, earlier: "He says hello.\n</think>\n\nHello!" if last(body) == "Hello" else
+                   (200, {}, completion("The hidden code says", reason="length")))
+    chat = ServerChat(server.url, "first")
+    chat.check()
+    [[reply]] = chat.sample([says("x")], [[1]])
+    assert isinstance(reply, OnlyThoughts)
+    plain = serve(lambda body, earlier: (200, {}, completion("word word", reason="length")))
+    chat = ServerChat(plain.url, "first")
+    chat.check()
+    assert chat.sample([says("x")], [[1]]) == [[Reply("word word", 3)]]
+
+
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_server_without_seeds(serve, status, capsys):
     def behave(body, earlier):
@@ -284,14 +429,14 @@ def test_check_settles_the_model(serve):
     server = serve()
     chat = ServerChat(server.url + "/v1/")
     chat.check()
-    assert chat.model == "first" and server.requests[-1]["max_tokens"] == 1
+    assert chat.model == "first" and last(server.requests[-1]) == "Hello"
     lazy = ServerChat(server.url)
     assert lazy.sample([says("x")], [[1]]) == [[Reply("hello", 3)]] and lazy.model == "first"
     quiet = serve(models=404)  # a server that lists nothing is fine where the model is named
     ServerChat(quiet.url, "mine").check()
     assert quiet.requests[-1]["model"] == "mine"
     mute = serve(lambda body, earlier: (200, {}, completion(None, reason="length")))
-    ServerChat(mute.url).check()  # one token need not be a text
+    ServerChat(mute.url).check()  # it need not say anything
 
 
 def test_check_tells_in_one_line_what_is_wrong(serve):

@@ -44,6 +44,8 @@ class Environment:
     scored_by = "the environment"  # how an answer is scored, for the report's first sentence
     # what comparisons of runs compare
     measures = {"success": lambda line: line["reward"] == 1, "reward": lambda line: line["reward"]}
+    # what metrics and measures read of the details: fields and their kinds (colbench/run/fields.py), for files
+    scores = {}
     # whether an answer can be wholly right: rejection fine-tuning, --critic value and --official learn from these
     has_success = True
 

@@ -1,16 +1,37 @@
-"""Tasks and trajectories in the published format, from a file or the hub."""
+"""Tasks and trajectories in the published format, from a file or the hub; what a line of each file is to hold."""
 import hashlib
-import math
 from itertools import islice
 from pathlib import Path
 
 from colbench.run.errors import UserError
+from colbench.run.fields import COUNT, FROM_1, checked
 from colbench.run.files import numbered_rows
 from colbench.run.hub import download
 
 HUB_FILES = {"test": "backend_tasks/test.jsonl", "train": "backend_tasks/train.jsonl",
              "offline": "colbench_code_offline_15k_llama8b.jsonl"}  # 15,000 trajectories of an 8B agent
 FAILED = "simulation_failed"  # the outcome of a dialogue that an error of agent or human ended; "error" says which
+
+
+def _dialogue(value, where):
+    message = {"role": {"user", "assistant"}, "content?": str, "output?": str, "candidates?": [str], "tokens?": COUNT,
+               "leaked?": bool}
+    messages = [{**found, "content": found.get("content", "")} for found in checked(value, [message], where)]
+    if not messages:
+        raise UserError(f"{where}: a list of messages is wanted, this is empty")
+    if messages[0]["role"] != "user":
+        raise UserError(f"{where}[0]: role: the user's request comes first")
+    return messages
+
+
+TRAJECTORY = {"task": dict, "dialogue_history": _dialogue, "answer?": str, "reward?": float, "sample?": COUNT,
+              "system?": str, "max_turns?": FROM_1, "outcome?": str, "error?": str, "scores?": dict}
+TASK = {"problem_description": str, "ground_truth": str, "id?": str}
+STATE = {"id": str, "sample": COUNT, "turn": FROM_1, "max_turns?": FROM_1, "last_turn?": bool, "candidates": [str],
+         "advantages": [float],
+         "messages": [{"role": {"system", "user", "assistant"}, "content": str}]}
+CREDIT = {"policy": str, "id": str, "sample": COUNT, "weights?": str, "dialogue?": range(1 << 63), "turns": [
+    {"advantage": float, "ratios": [(COUNT, float)], "candidates?": [(str, float)]}]}  # a line of advantages.jsonl
 
 
 def read_tasks(source, check_task, limit=None):
@@ -40,20 +61,17 @@ def check_texts(row, where):
     `id` is the file's own if it is a text, else twelve hex digits of the two others: equal tasks have equal ids.
     (`hidden_information`, in published files, repeats the reference.)
     """
-    texts = {}
-    for field in ("problem_description", "ground_truth"):
-        value = row.get(field)
-        if not isinstance(value, str) or not value.strip():
-            problem = "missing" if value is None else "empty" if isinstance(value, str) else "not a text"
-            raise UserError(f"{where}: {field}: {problem}")
-        texts[field] = value
+    texts = checked({field: row.get(field) for field in ("problem_description", "ground_truth")}, TASK, where)
+    for field, text in texts.items():
+        if not text.strip():
+            raise UserError(f"{where}: {field}: empty")
     name = row.get("id")
     if not isinstance(name, str) or not name:
         name = hashlib.sha256("\n".join(texts.values()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return {"id": name, **texts}
 
 
-def load_trajectories(source, check_task=check_texts, limit=None):
+def load_trajectories(source, check_task=check_texts, limit=None, scored=False):
     """The first `limit` trajectories of `source`, each with all the keys it has. `source` is a path or a hub file as
     for read_tasks; `owner/dataset` alone means its `:offline`, the published 15,000.
 
@@ -63,43 +81,70 @@ def load_trajectories(source, check_task=check_texts, limit=None):
     together) becomes the next free one, so (id, sample) is unique. A missing `answer` is the last assistant message,
     after the answer marker if it has one. A missing `reward` stays missing, null is missing. Content null counts as "".
     A line whose "outcome" is "simulation_failed" (once "error: ...") is a dialogue that broke off: it is kept, and may
-    lack an assistant message and an answer (then ""); callers leave such lines out.
+    lack an assistant message and an answer (then ""); callers leave such lines out. scored: UserError for another one
+    without a reward.
     """
     path = local_path(source, "offline")
-    trajectories, seen = [], set()
-    for number, row in islice(numbered_rows(path, ("task", "dialogue_history")), limit):
-        where = f"{path}:{number}"
-        if not isinstance(row["task"], dict):
-            raise UserError(f"{where}: task: an object is wanted, this is a {type(row['task']).__name__}")
-        task = check_task(row["task"], f"{where}: task")
-        if isinstance(row.get("id"), str):
-            task["id"] = row["id"]
-        broke_off = failed(row)
-        dialogue = _dialogue(row["dialogue_history"], where, broke_off)
-        reward = row.pop("reward", None)
-        if reward is not None:
-            if type(reward) not in (int, float) or not math.isfinite(reward):
-                raise UserError(f"{where}: reward: a number is wanted, this is {reward!r}")
-            row["reward"] = reward
-        answer = row.get("answer")
-        if answer is None:
-            said = [message["content"] for message in dialogue if message["role"] == "assistant"]
-            answer = said[-1].split("I WANT TO ANSWER:")[:2][-1] if said else ""
-        if not isinstance(answer, str):
-            raise UserError(f"{where}: answer: a text is wanted, this is a {type(answer).__name__}")
-        sample = row.get("sample")
-        if sample is None:
-            sample = 0
-        if type(sample) is not int:
-            raise UserError(f"{where}: sample: a whole number is wanted, this is {sample!r}")
-        while (task["id"], sample) in seen:
-            sample += 1
-        seen.add((task["id"], sample))
-        trajectories.append({**row, "task": {**row["task"], **task}, "dialogue_history": dialogue, "answer": answer,
-                             "id": task["id"], "sample": sample})
+    rows = numbered_rows(path, trajectory_line(check_task, scored))
+    trajectories = number_samples(row for _, row in islice(rows, limit))
     if not trajectories:
         raise UserError(f"{path}: no trajectories in it")
     return trajectories
+
+
+def trajectory_line(check_task=check_texts, scored=False):
+    """The kind (colbench/run/fields.py) of a line of trajectories.jsonl, wherever it was made: what load_trajectories
+    gives, but for the samples."""
+    def kind(row, where):
+        row = checked(row, TRAJECTORY, where)
+        task = check_task(row["task"], f"{where}: task")
+        if isinstance(row.get("id"), str):
+            task["id"] = row["id"]
+        said = [message["content"] for message in row["dialogue_history"] if message["role"] == "assistant"]
+        if not said and not failed(row):
+            raise UserError(f"{where}: dialogue_history: no assistant message")
+        if scored and "reward" not in row and not failed(row):
+            raise UserError(f"{where}: reward: missing; score it with collect.py --run OTHER --add-candidates-to "
+                            + where.rpartition(":")[0])
+        answer = row.get("answer", said[-1].split("I WANT TO ANSWER:")[:2][-1] if said else "")
+        return {**row, "task": row["task"] | task, "answer": answer, "id": task["id"]}
+    return kind
+
+
+def number_samples(trajectories) -> list[dict]:
+    """The trajectories, each with a `sample` that no other one of its task has."""
+    found = {}
+    for row in trajectories:
+        sample = row.get("sample", 0)
+        while (row["id"], sample) in found:
+            sample += 1
+        found[row["id"], sample] = row | {"sample": sample}
+    return list(found.values())
+
+
+def episode_line(environment, policy: bool = False):
+    """The kind of a line that collect.py wrote, or evaluate.py (policy: it says which one played)."""
+    names = {"id": str, "sample": COUNT, "outcome": str} | ({"policy": str} if policy else {})
+    scored = {"reward": float} | ({"scores": environment.scores} if environment.scores else {})
+
+    def kind(row, where):
+        row = checked(row, TRAJECTORY | {"task": TASK} | names, where)
+        return row if failed(row) else checked(row, scored, where)
+    return kind
+
+
+def state_line(row: dict, where: str) -> dict:
+    """The kind of a line of preferences.jsonl: a dialogue up to the user's message, candidates for the next one."""
+    row = checked(row, STATE, where)
+    roles = [message["role"] for message in row["messages"]]
+    roles = roles[roles[:1] == ["system"]:]
+    if not roles or roles[0] != "user" or roles[-1] != "user" or "system" in roles:
+        raise UserError(f"{where}: messages: a dialogue is wanted that begins (behind the system prompt) and ends with "
+                        "the user's message")
+    if len(row["candidates"]) != len(row["advantages"]):
+        raise UserError(f"{where}: advantages: there are {len(row['advantages'])} for "
+                        f"{len(row['candidates'])} candidates")
+    return row
 
 
 def of_first_tasks(trajectories, n):
@@ -137,24 +182,3 @@ def local_path(source, split="test"):
     if not is_hub_id:
         raise UserError(f"{source}: no such file")
     return download(dataset, HUB_FILES.get(file or split, file), source)
-
-
-def _dialogue(history, where, broke_off):
-    if not isinstance(history, list) or not history:
-        raise UserError(f"{where}: dialogue_history: a list of messages is wanted")
-    messages = []
-    for turn, message in enumerate(history):
-        field = f"{where}: dialogue_history[{turn}]"
-        if not isinstance(message, dict):
-            raise UserError(f"{field}: an object is wanted, this is a {type(message).__name__}")
-        if message.get("role") not in ("user", "assistant"):
-            raise UserError(f"{field}: role: user or assistant is wanted, this is {message.get('role')!r}")
-        content = message.get("content")
-        if content is not None and not isinstance(content, str):
-            raise UserError(f"{field}: content: a text is wanted, this is a {type(content).__name__}")
-        messages.append({**message, "content": content or ""})
-    if messages[0]["role"] != "user":
-        raise UserError(f"{where}: dialogue_history[0]: role: the user's request comes first")
-    if not broke_off and all(message["role"] == "user" for message in messages):
-        raise UserError(f"{where}: dialogue_history: no assistant message")
-    return messages

@@ -3,7 +3,9 @@
 One turn: the agent sees the dialogue so far (never the reference) and says something. A message with
 `I WANT TO ANSWER:` ends the episode, what stands behind the marker is the answer; so does the message of the last turn,
 whose text is then the answer. Otherwise the human, who alone sees the reference, replies. As in the published data, of
-a message with `OUTPUT:` only the part behind it (up to a second `OUTPUT:`) is said; before it the agent thinks.
+a message with `OUTPUT:` only the part behind it (up to a second `OUTPUT:`) is said; before it the agent thinks. What a
+model thinks in marks of its own (colbench/lm/texts.py) is no part of its message: kept as "thoughts" beside it, it is
+not looked through for these words, and no model sees it again.
 
 Collection and evaluation both go through `play`.
 """
@@ -114,6 +116,7 @@ def play(agent, human, todo, *, agent_prompt, answer=answer_of, max_turns=MAX_TU
         texts = human.reply([e["task"] for e in asking], histories, human_seeds) if asking and missing else asking
         notes = getattr(human, "notes", None) if missing else None  # what else is kept of a message: its screenshot
         leaked = getattr(human, "leaked", None) if missing else None
+        thoughts = getattr(human, "thoughts", None) if missing else None
         for i, (episode, text) in enumerate(zip(asking, texts)):
             if notes and id(episode) not in records:
                 episode["dialogue_history"][-1] |= notes[i]
@@ -124,6 +127,7 @@ def play(agent, human, todo, *, agent_prompt, answer=answer_of, max_turns=MAX_TU
                 episode["outcome"], episode["error"] = FAILED, f"human: {type(text).__name__}: {text}"
             else:
                 reply = {"role": "user", "content": text} | ({"leaked": True} if leaked and leaked[i] else {})
+                reply |= {"thoughts": thoughts[i]} if thoughts and thoughts[i] else {}
                 episode["dialogue_history"].append(reply)
         finished = [episode for episode in active if episode["outcome"] and id(episode) not in records]
         active = [episode for episode in active if not episode["outcome"]]
@@ -160,6 +164,8 @@ def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_tu
     turn = {"role": "assistant", "content": content, "output": output, "tokens": messages[0].tokens}
     tokenizer = getattr(agent, "tokenizer", None)
     turn["input"] = render(tokenizer, prompt) if tokenizer else None  # a server keeps its template to itself
+    turn = {name: value for name, value in turn.items() if value is not None}  # as it is read from a file
+    turn |= {"thoughts": messages[0].thoughts} if messages[0].thoughts else {}
     if len(messages) > 1:
         turn["candidates"] = [said(message.text)[1] for message in messages]
     episode["dialogue_history"].append(turn)
@@ -194,3 +200,14 @@ def keep_sound(batches, servers, window: int = 50):
                             "when that is mended, the same command goes on")
     if held:
         yield held
+
+
+def failures(lines: list[dict], whose: str = "") -> str | None:
+    """A sentence on the dialogues among `lines` that failed, None if none did. UserError where all of them did."""
+    reasons = [line.get("error", line["outcome"]) for line in lines if failed(line)]
+    if not reasons:
+        return None
+    if len(reasons) == len(lines):
+        raise UserError(f"all {len(lines)} dialogues{whose} failed, the last one because of: {reasons[-1]}; "
+                        "when that is mended, the same command plays them again")
+    return f"{len(reasons)} of {len(lines)} dialogues failed, the last one because of: {reasons[-1]}"

@@ -4,8 +4,9 @@ Every human has `reply(tasks, histories, seeds) -> list[str | Exception]`:
     tasks      B dicts with "problem_description" and "ground_truth" (the hidden reference)
     histories  B dialogues so far, [{"role": "user" | "assistant", "content"}, …], the agent's message last
     seeds      B ints
-It may have `leaked`, B bools: in which of its latest replies the first draft held code of the reference; `notes`, B
-dicts that are kept with the agent's messages (a screenshot); and `repeatable`, whether equal calls give equal replies.
+It may have `leaked`, B bools: in which of its latest replies the first draft held code of the reference; `thoughts`, B
+texts of what it thought before it replied, which are kept and never shown to the agent; `notes`, B dicts that are kept
+with the agent's messages (a screenshot); and `repeatable`, whether equal calls give equal replies.
 """
 import io
 import re
@@ -14,11 +15,30 @@ from collections import namedtuple
 from functools import lru_cache
 
 from colbench.lm.server import ServerChat, is_address
+from colbench.lm.texts import OnlyThoughts, reply_alone
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 from colbench.run.settings import hide_password
 
+PROMPT = """\
+You play a person who asked an assistant for this:
+
+{problem_description}
+
+You alone know what follows. The assistant must never see it:
+
+{hidden_information}
+
+When the assistant asks something, tell in plain words what follows from it. If it does not settle the question, say \
+that you don't know.
+
+The conversation so far (you are the Human):
+
+{dialogue_history}
+
+Reply to the Agent's last message as the Human, in one or two short sentences, and write nothing but the reply."""
 UNKNOWN = "I don't know."
+THINKING = 4096  # tokens for a reply of a model that thinks longer than a reply is
 RUN = 32   # characters without blanks (about 40 with them) of verbatim code that are a leak
 LINE = 15  # the same for a whole line (about 20 with blanks)
 OUTSIDE = 10  # that many of them outside string constants: quoting a text of the reference is an answer, not a leak
@@ -32,10 +52,10 @@ class ModelHuman:
 
     Replies are drawn at temperature 0 and cut at `max_characters` (400 in the released environment). One that leaks
     (see `leaks`) is drawn again once at temperature 1; if that leaks too, it is cut there; `cuts` counts these.
-    `prompt` may hold {problem_description}, {hidden_information} and {dialogue_history}.
+    `prompt` may hold {problem_description}, {hidden_information} and {dialogue_history}; PROMPT fits any environment.
     """
 
-    def __init__(self, chat, prompt, max_characters=400):
+    def __init__(self, chat, prompt=PROMPT, max_characters=400):
         self.chat, self.max_characters, self.prompt = chat, max_characters, prompt
         self.repeatable = getattr(chat, "repeatable", False)
         self.replies = self.leaks = self.cuts = 0
@@ -45,22 +65,25 @@ class ModelHuman:
         prompts = [[{"role": "user", "content": self._prompt(*pair)}] for pair in zip(tasks, histories)]
         references = [task["ground_truth"] for task in tasks]
         drafts = self._draw(prompts, seeds, temperature=0.0)
-        leaking = [isinstance(draft, str) and leaks(draft, code) for draft, code in zip(drafts, references)]
-        again = [i for i, draft in enumerate(drafts) if leaking[i] or draft == ""]
+        leaking = [not isinstance(draft, Exception) and leaks(draft.text, code)
+                   for draft, code in zip(drafts, references)]
+        again = [i for i, draft in enumerate(drafts) if leaking[i] or getattr(draft, "text", None) == ""]
         if again:
             other_seeds = [seed_of(seeds[i], "again") for i in again]
             second = self._draw([prompts[i] for i in again], other_seeds, temperature=1.0)
             for i, draft in zip(again, second):
-                if isinstance(draft, str) and draft:  # else the first draft is the best there is
+                if getattr(draft, "text", ""):  # else the first draft is the best there is
                     drafts[i] = draft
-                if leaks(drafts[i], references[i]):
+                text = drafts[i].text
+                if leaks(text, references[i]):
                     self.cuts += 1
-                    drafts[i] = cut_leak(drafts[i], references[i])
-                drafts[i] = drafts[i] or UNKNOWN
+                    text = cut_leak(text, references[i])
+                drafts[i] = drafts[i]._replace(text=text or UNKNOWN)
         self.leaked = leaking
+        self.thoughts = [getattr(draft, "thoughts", "") for draft in drafts]
         self.leaks += sum(leaking)
-        self.replies += sum(isinstance(draft, str) for draft in drafts)
-        return drafts
+        self.replies += sum(not isinstance(draft, Exception) for draft in drafts)
+        return [draft if isinstance(draft, Exception) else draft.text for draft in drafts]
 
     def _prompt(self, task, history):
         names = {"user": "Human", "assistant": "Agent"}
@@ -70,15 +93,24 @@ class ModelHuman:
 
     def _draw(self, prompts, seeds, temperature):
         # English has about four characters a token: half the characters as tokens is ample
-        rows = self.chat.sample(prompts, [[seed] for seed in seeds], temperature=temperature,
-                                max_new_tokens=max(16, self.max_characters // 2))
-        return [row[0] if isinstance(row[0], Exception) else self._clean(row[0].text) for row in rows]
-
-    def _clean(self, text):
-        return re.sub(r"^\W*human\W*:\s*", "", text.strip(), flags=re.IGNORECASE)[:self.max_characters].strip()
+        drafts = draw_replies(self.chat, prompts, seeds, temperature, max(16, self.max_characters // 2))
+        return [draft if isinstance(draft, Exception) else
+                draft._replace(text=draft.text[:self.max_characters].strip()) for draft in drafts]
 
 
-def chat_human(spec, chat, prompt, kinds, max_characters=400):
+def draw_replies(chat, prompts, seeds, temperature, max_new_tokens):
+    """One Reply, or an Exception, for each prompt of a human that `chat` plays: the reply alone."""
+    drafts = [row[0] for row in chat.sample(prompts, [[seed] for seed in seeds], temperature=temperature,
+                                            max_new_tokens=max_new_tokens)]
+    longer = [i for i, draft in enumerate(drafts) if isinstance(draft, OnlyThoughts)]
+    if longer and max_new_tokens < THINKING:
+        more = draw_replies(chat, [prompts[i] for i in longer], [seeds[i] for i in longer], temperature, THINKING)
+        for i, draft in zip(longer, more):
+            drafts[i] = draft
+    return [draft if isinstance(draft, Exception) else draft._replace(text=reply_alone(draft.text)) for draft in drafts]
+
+
+def chat_human(spec, chat, prompt=PROMPT, kinds="self, or a server's address", max_characters=400):
     """The ModelHuman for `spec`: "self" plays on `chat`, the local model; else a server's address, http://…#MODEL.
 
     kinds: what else --human takes in this environment, for the message of the UserError.

@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicLayer
 from colbench.lm.adapters import adapters_off, base_of
 from colbench.lm.load import reach
 from colbench.lm.logps import attention_masks, logits_of
-from colbench.lm.server import Reply
+from colbench.lm.texts import OnlyThoughts, Reply, clean, decoded
 from colbench.lm.tokens import encode_dialogue, end_of_turn
+from colbench.run.files import seed_of
 
 PROMPT, PADDING = -1, -2  # owners of a row's tokens that belong to no message
 
@@ -35,12 +36,12 @@ class LocalChat:
         stops = model.generation_config.eos_token_id
         self.stops = {end_of_turn(tokenizer), *(stops if isinstance(stops, list) else [] if stops is None else [stops])}
 
-    def sample(self, conversations, seeds, temperature=1.0, max_new_tokens=1024, stop=None):
-        """One message per seed of each dialogue: list of lists of Reply(text, tokens), or an Exception in its place.
+    def sample(self, conversations, seeds, temperature=1.0, max_new_tokens=1024, stop=None, again=True):
+        """One message per seed of each dialogue: list of lists of Reply, or an Exception in its place.
 
         A message depends on its conversation and seed, not on what else is in the batch (but for rounding in the last
         bit). temperature 0 takes the likeliest token. A prompt that leaves no room in the model's context gives
-        exceptions.
+        exceptions, and so does a message that is all thoughts, sampled `again` with another seed.
         """
         replies, jobs = [[None] * len(row) for row in seeds], []
         for i, messages in enumerate(conversations):
@@ -62,12 +63,21 @@ class LocalChat:
             batch, jobs = jobs[:rows], jobs[rows:]
             for (*_, i, j), messages in zip(batch, self._generate([job[:3] for job in batch], temperature)):
                 for k, ids in enumerate(messages, j):
-                    kept = [t for t in ids if t not in self.stops]
-                    # Llama-3.1's own setting of the last argument would edit code
-                    text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                    text = decoded(self.tokenizer, [t for t in ids if t not in self.stops])
                     for mark in stop or ():
                         text = text.split(mark)[0]
-                    replies[i][k] = Reply(text.strip(), len(ids))
+                    text, thoughts = clean(text)
+                    replies[i][k] = Reply(text.strip(), len(ids), thoughts)
+                    if thoughts and not text.strip():
+                        replies[i][k] = OnlyThoughts(f"a reply without text, {len(ids)} tokens that are all thoughts")
+        # as ServerChat does it
+        silent = [(i, k) for i, row in enumerate(replies) for k, one in enumerate(row) if isinstance(one, OnlyThoughts)]
+        if silent and again:
+            other_seeds = [[seed_of(seeds[i][k], "again")] for i, k in silent]
+            others = self.sample([conversations[i] for i, _ in silent], other_seeds, temperature, max_new_tokens, stop,
+                                 again=False)
+            for (i, k), [other] in zip(silent, others):
+                replies[i][k] = OnlyThoughts(f"{other}, twice") if isinstance(other, OnlyThoughts) else other
         return replies
 
     @torch.inference_mode()

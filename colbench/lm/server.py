@@ -1,18 +1,26 @@
 """The chat interface over any OpenAI-compatible server (vLLM, llama.cpp, `transformers serve`, a paid API)."""
 import base64
+import json
 import os
 import queue
 import re
 import sys
 import threading
-from collections import namedtuple
 from urllib.parse import unquote, urlsplit
 
+from colbench.lm.texts import NoText, OnlyThoughts, Reply, clean, thinks_first
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 from colbench.run.settings import hide_password
+from colbench.run.variables import http_client
 
-Reply = namedtuple("Reply", "text tokens")  # tokens: how many were generated, or None where the server does not say
+# what some servers refuse: the words of the error in which it shows, and what is done about it
+REFUSED = {
+    "seed": (r"\bseed\b", "refuses the seed parameter; its samples cannot be repeated"),
+    "system": (r"\broles?\b|\bsystem\b|alternat|template|instruction|jinja|internal server error|^error code: 500$",
+               "takes no system role; the system text goes in front of the first message"),
+}
+FAILED = r"error|filter|abort|cancel|safety|prohibit|blocklist|recitation|sensitive|refus|fail|time.?out|insufficient"
 
 
 def is_address(text) -> bool:
@@ -25,8 +33,9 @@ class ServerChat:
 
     repeatable: whether equal calls give equal messages. A server puts requests together as it likes.
 
-    Retries (connection errors, time-outs, 408, 409, 429, 5xx), back-off and Retry-After are the openai client's own; a
-    request that the server refuses for good, such as a dialogue longer than its context (400), is sent once.
+    Retries (connection errors, time-outs, 408, 409, 429, 5xx), back-off and Retry-After are the openai client's own; an
+    error that comes with status 200 is treated as the status that it names. A request that the server refuses for good,
+    such as a dialogue longer than its context (400), is sent once.
     """
 
     repeatable = False
@@ -61,15 +70,18 @@ class ServerChat:
         secrets = [api_key, parts.password, login.partition(":")[2], base64.b64encode(login.encode()).decode(),
                    parts.query, *(pair.partition("=")[2] for pair in parts.query.split("&"))]
         self._secrets = sorted({s for s in secrets if s and len(s) > 5}, key=len, reverse=True)
-        self._seed_accepted = True
+        self._takes = {}  # name in REFUSED -> whether the server takes it, once that is known
+        self._greeted = False  # whether `check` had an answer
+        self._thinks_first = False  # whether the server's template opens the thoughts of a reply
         # a server that sends a byte now and then is never silent: this ends it. The client waits for a Retry-After of
         # up to 60 s
         self._patience = (max_retries + 1) * (timeout + 60)
         self._client = openai.OpenAI(base_url=parts.geturl(), api_key=api_key, max_retries=max_retries,
-                                     timeout=openai.Timeout(timeout, connect=min(timeout, 10)))
+                                     timeout=openai.Timeout(timeout, connect=min(timeout, 10)),
+                                     http_client=http_client(parts, event_hooks={"response": [_at_its_word]}))
 
     def check(self):
-        """Settle the model and sample one token from it. UserError if the server cannot be reached or refuses."""
+        """Settle the model and sample a greeting from it. UserError if the server cannot be reached or refuses."""
         import openai
         listed, problem = [], None
         try:
@@ -83,8 +95,13 @@ class ServerChat:
             if not listed:
                 raise UserError(f"{self.address}: the server lists no model; name one ({problem or 'empty list'})")
             self.model = listed[0]
-        probe = self._sample_one([{"role": "user", "content": "Hello"}], 0, 0.0, 1, None, may_be_empty=True)
-        if isinstance(probe, Exception):
+        # the first time long enough to show whether a reply begins within thoughts, where the server has room for that
+        for length in (1,) if self._greeted else (256, 1):
+            probe = self._sample_one([{"role": "user", "content": "Hello"}], 0, 0.0, length, None)
+            self._greeted = not isinstance(probe, Exception) or isinstance(probe, NoText)
+            if self._greeted:
+                break
+        else:
             known = f"; the server lists {', '.join(listed[:5])}" if listed and self.model not in listed else ""
             raise UserError(f"model {self.model}: {probe}{known}")
 
@@ -120,52 +137,102 @@ class ServerChat:
             thread.join()
         return results
 
-    def _sample_one(self, messages, seed, temperature, max_new_tokens, stop, may_be_empty=False):
+    def _sample_one(self, messages, seed, temperature, max_new_tokens, stop):
         """A Reply or an Exception; never raises. A reply without text is asked for once more, with another seed."""
         for used_seed in (seed, seed_of(seed, "again")):
             outcome = queue.SimpleQueue()
             arguments = (outcome, messages, used_seed, temperature, max_new_tokens, stop)
             threading.Thread(target=self._attempt, args=arguments, daemon=True).start()
             try:
-                reply, reason = outcome.get(timeout=self._patience)
+                reply = outcome.get(timeout=self._patience)
             except queue.Empty:
                 return RuntimeError(f"{self.address}: no whole reply in {self._patience:.0f} s")
-            if isinstance(reply, Exception):
+            if not isinstance(reply, NoText):
                 return reply
-            if reply.text or may_be_empty:
-                return reply
-        return RuntimeError(f"{self.address}: a reply without text, twice (finish reason: {reason})")
+        return type(reply)(f"{reply}, twice")
 
     def _attempt(self, outcome, *request):
         try:
-            outcome.put(self._request(*request))
+            outcome.put(self._read(self._request(*request)))
+        except NoText as error:
+            outcome.put(type(error)(self._words(error)))
         except Exception as error:  # whatever it is, it must cost this one message and no other
-            outcome.put((RuntimeError(self._words(error)), None))
+            outcome.put(RuntimeError(self._words(error)))
 
     def _request(self, messages, seed, temperature, max_new_tokens, stop):
+        """The server's response. What it may refuse is left out once that is known, and to find it out."""
         import openai
-        settings = dict(model=self.model,
-                        messages=[{"role": m["role"], "content": _whole(m["content"])} for m in messages],
-                        temperature=temperature, max_tokens=max_new_tokens)
+        messages = [{"role": m["role"], "content": _whole(m["content"])} for m in messages]
+        settings = dict(model=self.model, temperature=temperature, max_tokens=max_new_tokens)
         if stop is not None:
             settings["stop"] = stop
-        create = self._client.chat.completions.create
-        if not self._seed_accepted:
-            return _reply(create(**settings))
+        has_system = messages[0]["role"] == "system" and len(messages) > 1
+
+        def ask(left_out):
+            return self._client.chat.completions.with_raw_response.create(
+                messages=_folded(messages) if has_system and "system" in left_out else messages, **settings,
+                **({} if "seed" in left_out else {"seed": seed}))
+
+        used = {"seed", "system"} if has_system else {"seed"}
+        known = {name for name in used if self._takes.get(name) is False}
         try:
-            return _reply(create(**settings, seed=seed))
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not re.search(r"\bseed\b", str(error)):
+            response = ask(known)
+            self._takes |= dict.fromkeys(used - known, True)
+            return response
+        except (openai.BadRequestError, openai.UnprocessableEntityError, openai.InternalServerError) as error:
+            if error.status_code not in (400, 422, 500):
                 raise
-            reply = _reply(create(**settings))  # the word may stand in a quoted prompt: this request tells
-            if self._seed_accepted:
-                self._seed_accepted = False
-                print(f"{self.address}: refuses the seed parameter; its samples cannot be repeated", file=sys.stderr)
-            return reply
+            refusal, words = error, str(error)
+        for more in ({"seed"}, {"system"}, {"seed", "system"}):
+            if more <= used - known and all(self._takes.get(name) is not True and
+                                            re.search(REFUSED[name][0], words, re.IGNORECASE) for name in more):
+                try:
+                    response = ask(known | more)
+                except (openai.BadRequestError, openai.UnprocessableEntityError, openai.InternalServerError) as error:
+                    refusal, words = error, f"{words}\n{error}"
+                    continue  # the words may stand in a quoted prompt
+                for name in more:
+                    if self._takes.get(name) is not False:
+                        self._takes[name] = False
+                        print(f"{self.address}: {REFUSED[name][1]}", file=sys.stderr)
+                return response
+        raise refusal
+
+    def _read(self, response):
+        """The Reply in a response. NoText where it says nothing, ValueError where it is something else (a web page)."""
+        try:
+            body = json.loads(response.text)
+            choice = body["choices"][0]
+            message, reason = choice["message"], choice.get("finish_reason")
+            content, beside, refusal = message.get("content"), "", message.get("refusal")
+        except (ValueError, AttributeError, IndexError, KeyError, TypeError):
+            page = response.text.lstrip()[:1] in ("<", "")
+            raise ValueError("the answer is no chat completion; is this the address of an OpenAI-compatible API?"
+                             + ("" if page else f" {response.text[:150]}")) from None
+        for name in ("reasoning_content", "reasoning", "thinking", "thoughts", "reasoning_details"):
+            beside = beside or "\n\n".join(filter(None, _parts(message.get(name))))
+        text, thoughts = _parts(content)
+        self._thinks_first |= thinks_first(text)
+        # cut in thoughts that the prompt had opened, it has no tag
+        text, inside = clean(text, opened=self._thinks_first and reason == "length")
+        thoughts = "\n\n".join(filter(None, (beside, thoughts, inside)))
+        if re.search(FAILED, str(reason), re.IGNORECASE):
+            raise NoText(f"a reply that broke off (finish reason: {reason})")
+        if not text and refusal:
+            raise NoText(f"the model refuses: {refusal}")
+        if not text and thoughts:
+            raise OnlyThoughts(f"a reply without text, all of it thoughts (finish reason: {reason})")
+        if not text:
+            calls = ", a call of a tool" * bool(message.get("tool_calls") or message.get("function_call"))
+            raise NoText(f"a reply without text{calls} (finish reason: {reason})")
+        tokens = body["usage"].get("completion_tokens") if isinstance(body.get("usage"), dict) else None
+        return Reply(text, tokens if type(tokens) is int else None, thoughts)
 
     def _words(self, error):
         """The error in one line, with the address and without key, password or query."""
         text = " ".join(str(error).split()) or type(error).__name__
+        if found := _error_in(getattr(error, "response", None)):
+            text = f"error {found[1]}: {found[0]}"
         if isinstance(error.__cause__, Exception) and str(error) in ("Connection error.", "Request timed out."):
             text = f"{text} ({type(error.__cause__).__name__})"
         for secret in self._secrets:
@@ -180,12 +247,62 @@ def _whole(content):
     return content.encode("utf-8", "replace").decode()
 
 
-def _reply(response):
-    """(Reply, finish reason) from a chat completion. ValueError if it is something else, such as a web page."""
+def _folded(messages):
+    """The dialogue with the system text in front of the first message, as colbench.lm.tokens does it for templates."""
+    system, first, *rest = messages
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def _parts(content):
+    """(text, thoughts) of a message's content: a text, parts of it, a list of those, a number."""
+    if content is None or content == "":
+        return "", ""
+    if isinstance(content, str):
+        return content, ""
+    if isinstance(content, list):
+        texts, thoughts = zip(*map(_parts, content)) if content else ((), ())
+        return "".join(texts), "\n".join(filter(None, thoughts))
+    if not isinstance(content, dict):
+        return json.dumps(content), ""
+    keys = ("text", "thinking", "reasoning", "thought", "content", "value", "summary", "parts")
+    key = next((key for key in keys if content.get(key) and isinstance(content[key], (str, list, dict))), None)
+    text, thoughts = _parts(content.get(key))
+    kind = f"{content.get('type')} {key}" + " thought" * (content.get("thought") is True)
+    if re.search("think|thought|reason|summary", kind):
+        return "", "\n".join(filter(None, (thoughts, text)))
+    return text, thoughts
+
+
+def _at_its_word(response):
+    """Give a response whose body is an error the status that it names, so that the client treats it so."""
+    if response.status_code == 200:
+        response.read()
+        if found := _error_in(response):
+            response.status_code = found[1]
+
+
+def _error_in(response):
+    """(the server's words, HTTP status) of an error object in a response, or None."""
     try:
-        choice = response.choices[0]
-        text, reason = choice.message.content, choice.finish_reason
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError("the answer is no chat completion; is this the address of an OpenAI-compatible API?") from None
-    usage = getattr(response, "usage", None)
-    return Reply(text or "", usage.completion_tokens if usage else None), reason
+        body = response.json()
+        choice = (body.get("choices") or [{}])[0]
+        error = choice.get("error") or body.get("error")
+        says = not choice.get("error") and any(_parts((choice.get("message") or {}).get("content")))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    if not choice and not error and "data" not in body:  # no completion, and no list of models
+        error = body if body.keys() & {"message", "detail", "errors", "msg", "base_resp"} else None
+    if not error or says:
+        return None
+    words = " ".join((error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)).split())
+    if response.status_code != 200:
+        return words, response.status_code
+    for place in (error, body):
+        for name in ("code", "status", "status_code", "http_code") if isinstance(place, dict) else ():
+            if re.fullmatch("[45][0-9][0-9]", str(place.get(name))):
+                return words, int(place[name])
+    for status, pattern in ((429, "rate.?limit|too many|overload|exhausted|quota"), (401, "api.?key|authenti|authori"),
+                            (503, "time.?out|timed out|unavailable|upstream|gateway|internal|server.?error")):
+        if re.search(pattern, words, re.IGNORECASE):
+            return words, status
+    return words, 400

@@ -15,7 +15,10 @@ from colbench.env.contract import environment_of_run
 from colbench.env.data import failed
 from colbench.env.metrics import paired
 from colbench.run.errors import UserError, run_main
-from colbench.run.files import read_jsonl
+from colbench.run.fields import COUNT
+from colbench.run.files import numbered_rows
+
+LINE = {"policy": str, "id": str, "sample": COUNT, "outcome": str, "reward?": float, "scores?": dict}
 
 
 def main():
@@ -31,10 +34,15 @@ def compare_runs(runs: list[str]) -> None:
         path = Path(run) / "episodes.jsonl" if Path(run).is_dir() else Path(run)
         environment = environment_of_run(path.parent)
         environments[environment.__module__, environment.__name__] = environment
-        for line in read_jsonl(path, ("policy", "id", "sample", "outcome")):
+        for number, line in numbered_rows(path, LINE):
             if not failed(line):
                 name = line["policy"] if len(runs) == 1 else f"{run}: {line['policy']}"
-                episodes.setdefault(name, {})[line["id"], line["sample"]] = line
+                try:
+                    values = [float(measure(line)) for measure in environment.measures.values()]
+                except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+                    raise UserError(f"{path}:{number}: scores: not those of the environment that the settings beside "
+                                    "it name") from None
+                episodes.setdefault(name, {})[line["id"], line["sample"]] = values
     if len(episodes) < 2:
         raise UserError(f"{' '.join(runs)}: two policies at least are wanted, these files hold {len(episodes)}")
     if len(environments) > 1:
@@ -44,11 +52,8 @@ def compare_runs(runs: list[str]) -> None:
         shared = sorted(episodes[one].keys() & episodes[other].keys())
         tasks = {task for task, _ in shared}
         print(f"\n{other}  against  {one}: {len(shared)} episodes on {len(tasks)} tasks that both played")
-        for name, measure in environment.measures.items() if shared else ():
-            try:
-                pairs = [(float(measure(episodes[other][key])), float(measure(episodes[one][key]))) for key in shared]
-            except (KeyError, TypeError):
-                raise UserError(f"{' '.join(runs)}: scores of another environment than the settings say") from None
+        for i, name in enumerate(environment.measures if shared else ()):
+            pairs = [(episodes[other][key][i], episodes[one][key][i]) for key in shared]
             difference, (low, high) = paired(pairs, [task for task, _ in shared])
             ties = sum(abs(a - b) < 1e-6 for a, b in pairs)
             wins = sum(a > b and abs(a - b) >= 1e-6 for a, b in pairs)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from colbench.env.data import CREDIT
 from colbench.env.dialogue import prompt_messages
 from colbench.env.hidden_info import with_hidden_info
 from colbench.lm.adapters import adapters_off, has_adapters
@@ -41,7 +42,7 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
     name = lambda line: (weights, line["policy"], line["id"], line["sample"], dialogue_hash(line))  # noqa: E731
     named = {name(line): line for line in lines if "reward" in line}
     there = {(row.get("weights"), row["policy"], row["id"], row["sample"], row.get("dialogue")): row
-             for row in (repair_jsonl(path) if path else [])}
+             for row in (repair_jsonl(path, CREDIT) if path else [])}
     there = {key: row for key, row in there.items() if key in named}  # other weights or dialogues: made anew
     todo = [line for key, line in named.items() if key not in there]
     if not todo:
@@ -92,7 +93,7 @@ def trees_of(tokenizer, line, seen) -> list[Tree]:
     history, reference = line["dialogue_history"], line["task"]["ground_truth"]
 
     def prompt(i):
-        return seen(prompt_messages(line["system"], history[:i]), reference)
+        return seen(prompt_messages(line.get("system", ""), history[:i]), reference)
     trees, end_id = [dialogue_tree(tokenizer, prompt(len(history)))], end_of_turn(tokenizer)
     for i, message in enumerate(history):
         if message["role"] == "assistant" and message.get("candidates"):

@@ -20,11 +20,15 @@ import os
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 from colbench.env.contract import environment_of_run
+from colbench.env.data import CREDIT, episode_line, failed, number_samples, state_line, trajectory_line
 from colbench.run.errors import UserError, run_main
-from colbench.run.files import dialogue_hash, write_aside
+from colbench.run.fields import COUNT, checked, is_number
+from colbench.run.files import dialogue_hash, read_so_far, write_aside
+from colbench.run.settings import read_json
 
 PAGE = Path(__file__).with_name("report_page.html")
 MAX_TEXT = 20_000         # characters of one message or answer that are shown; the rest is counted
@@ -49,6 +53,11 @@ COLUMNS = {  # metric -> (heading, what it means); others are shown under their 
 PERCENT = {"success", "tests_passed", "answered_at_limit", "leak_rate", "win_rate", "wins", "ties", "no_page"}
 
 
+LOG = {"step": COUNT, "tokens_per_second?": float, "peak_memory_gb?": float}
+LINES = {"trajectories": trajectory_line(), "preferences": state_line, "advantages": CREDIT,
+         "episodes": episode_line(SimpleNamespace(scores={}), policy=True)}  # of any environment
+
+
 def write_report(output, runs, metrics=None, episodes=None) -> Path:
     """Write the report of some run folders to `output`. metrics ({policy: what evaluate.py knows of it}) and episodes
     (rows) stand in for the files of the first run. UserError: nothing to show in a folder, or a broken line."""
@@ -56,9 +65,10 @@ def write_report(output, runs, metrics=None, episodes=None) -> Path:
     data = {"runs": [], "intro": [], "notes": [], "curves": [], "tasks": [], "systems": [], "episodes": [], "first": 0}
     tables, index = [], {"tasks": {}, "systems": {}}
     for number, run in enumerate(runs):
-        files = {name: rows_so_far(run / f"{name}.jsonl")
-                 for name in ("trajectories", "preferences", "episodes", "advantages")}
-        logs = {path.name.removesuffix("_log.jsonl"): rows_so_far(path) for path in sorted(run.glob("*_log.jsonl"))}
+        files = {name: read_so_far(run / f"{name}.jsonl", kind) for name, kind in LINES.items()}
+        files["trajectories"] = number_samples(files["trajectories"])
+        logs = {path.name.removesuffix("_log.jsonl"): read_so_far(path, LOG)
+                for path in sorted(run.glob("*_log.jsonl"))}
         if episodes is not None and number == 0:
             files["episodes"] = episodes
         if not any(files.values()) and not any(logs.values()):
@@ -114,26 +124,6 @@ def finite(value):
     return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def rows_so_far(path: Path) -> list[dict]:
-    """Rows of a file that another process may be writing to: a torn last line is left alone. No such file: []."""
-    rows, broken = [], None
-    if path.exists():
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if broken:
-                    raise UserError(f"{path}:{broken}: not a JSON object; correct or delete this line")
-                try:
-                    row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
-                except (ValueError, RecursionError):
-                    broken = number
-                    continue
-                if row is not None and not isinstance(row, dict):
-                    broken = number
-                elif row:
-                    rows.append(row)
-    return rows
-
-
 # ---- the table and the bars
 
 
@@ -142,20 +132,26 @@ def metrics_so_far(run: Path, environment, episodes: list[dict]) -> dict:
     path = run / "metrics.json"
     if not path.exists():
         return metrics_of_unfinished(environment, episodes)
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["policies"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not what evaluate.py writes; delete it and run evaluate.py again") from None
+    found = read_json(path).get("policies", {})
+    if not found or not all(isinstance(values, dict) for values in found.values()):
+        raise UserError(f"{path}: not what evaluate.py writes; delete it and run evaluate.py again")
+    return found
 
 
 def metrics_of_unfinished(environment, episodes: list[dict]) -> dict:
     """The same of an evaluation that is still going on."""
-    played = [line for line in episodes if "policy" in line]
-    try:
-        return {policy: environment.metrics([line for line in played if line["policy"] == policy])
-                for policy in dict.fromkeys(line["policy"] for line in played)}
-    except (KeyError, TypeError):  # of another environment, and nothing in the folder says which
+    if not all(failed(line) or is_of(environment, line) for line in episodes):
         return {}
+    return {policy: environment.metrics([line for line in episodes if line["policy"] == policy])
+            for policy in dict.fromkeys(line["policy"] for line in episodes)}
+
+
+def is_of(environment, line: dict) -> bool:
+    """Whether the scores are this environment's; nothing in the folder may say which one it is."""
+    try:
+        return bool(checked(line.get("scores", {}), environment.scores, "scores") or not environment.scores)
+    except UserError:
+        return False
 
 
 def table(tables: list[tuple[str, dict]]) -> dict:
@@ -167,7 +163,7 @@ def table(tables: list[tuple[str, dict]]) -> dict:
             single = {key: value, f"{key}_95": metrics.get(f"{key}_95")}
             for mode, group in [(key.replace("_", " "), value) if isinstance(value, dict) else ("", single)]:
                 for metric, number in group.items():
-                    if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+                    if is_number(number):
                         flat[metric, mode] = (number, group.get(f"{metric}_95"))
         found.append((name, flat))
         keys |= dict.fromkeys(flat)
@@ -178,7 +174,8 @@ def table(tables: list[tuple[str, dict]]) -> dict:
         cells = []
         for key in keys:
             number, interval = flat.get(key, (None, None))
-            interval = interval if isinstance(interval, (list, tuple)) and len(interval) == 2 else None
+            pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))
+            interval = interval if pair else None
             cells.append(None if number is None else {
                 "value": number, "text": shown_number(key[0], number), "interval": interval,
                 "interval_text": interval and " .. ".join(shown_number(key[0], end) for end in interval)})
@@ -217,13 +214,11 @@ def short_name(policy: str, run: Path) -> str:
 def curve(stage: str, label: str, rows: list[dict]) -> dict:
     """A training log for the page: for each of CURVES the values as logged and their running mean over a twentieth of
     the steps, averaged to at most POINTS points."""
-    rows = [row for row in rows if isinstance(row.get("step"), (int, float))]
     size = max(1, -(-len(rows) // POINTS))
     width = max(1, len(rows) // 20)
     values = {}
     for name in CURVES:
-        column = [row.get(name) for row in rows]
-        column = [v if isinstance(v, (int, float)) and math.isfinite(v) else None for v in column]
+        column = [row[name] if is_number(row.get(name)) else None for row in rows]
         if any(v is not None for v in column):
             smooth = [mean(column[max(0, i - width):i + width + 1]) for i in range(len(column))]
             values[name] = {"raw": buckets(column, size), "smooth": buckets(smooth, size)}
@@ -255,17 +250,17 @@ def add_evaluation(data, index, files, prefix, run, base, room) -> None:
     credit = {(r["policy"], r["id"], r["sample"]): r for r in files["advantages"]}
 
     def credit_of(line):  # not that of an earlier dialogue under the same name
-        row = credit.get((line.get("policy"), line.get("id"), line.get("sample")))
+        row = credit.get((line["policy"], line["id"], line["sample"]))
         return row["turns"] if row and ("dialogue" not in row or row["dialogue"] == dialogue_hash(line)) else None
 
     by_policy = {}
     for line in files["episodes"]:
-        by_policy.setdefault(line.get("policy", "?"), []).append(line)
+        by_policy.setdefault(line["policy"], []).append(line)
     place = {id(line): i for lines in by_policy.values() for i, line in enumerate(lines)}
     lines = sorted(files["episodes"], key=lambda line: place[id(line)])
 
     def shown(line):
-        source = prefix + short_name(line.get("policy", "?"), run)
+        source = prefix + short_name(line["policy"], run)
         return shown_episode(data, index, files["environment"], line, source, base, credit_of(line), {})
 
     fitting = fill(data, room, [partial(shown, line) for line in lines])
@@ -291,20 +286,21 @@ def add_training(data, index, files, prefix, run, base, room) -> None:
     states of preferences.jsonl as they are."""
     ranked = {}
     for row in files["preferences"]:
-        if row.get("candidates") and len(row["candidates"]) == len(row.get("advantages", ())):
+        if row["candidates"]:
             ranked.setdefault((row["id"], row["sample"]), {})[row["turn"]] = row
     source, lines = prefix + "training", files["trajectories"]
     if not lines:
         source, lines = prefix + "preferences", [
             {"id": row["id"], "sample": row["sample"], "outcome": "", "answer": None,
-             "system": row["messages"][0]["content"],
-             "task": {"problem_description": row["messages"][1]["content"], "ground_truth": "", "test_cases": {}},
-             "dialogue_history": row["messages"][1:] + [{"role": "assistant", "content": None}]}
-            for of_trajectory in ranked.values() for row in of_trajectory.values()]
-    lines = sorted(lines, key=lambda line: (line.get("id"), line.get("sample")) not in ranked)
+             "system": system,
+             "task": {"problem_description": history[0]["content"], "ground_truth": "", "test_cases": {}},
+             "dialogue_history": history + [{"role": "assistant", "content": None}]}
+            for of_trajectory in ranked.values() for row in of_trajectory.values()
+            for system, history in [apart(row["messages"])]]
+    lines = sorted(lines, key=lambda line: (line["id"], line["sample"]) not in ranked)
 
     def shown(line):
-        states = ranked.get((line.get("id"), line.get("sample")), {})
+        states = ranked.get((line["id"], line["sample"]), {})
         return shown_episode(data, index, files["environment"], line, source, base, None, states)
 
     fitting = fill(data, room, [partial(shown, line) for line in lines[:MAX_TRAINING]])
@@ -313,11 +309,17 @@ def add_training(data, index, files, prefix, run, base, room) -> None:
                              "candidates first.")
 
 
+def apart(messages: list[dict]) -> tuple:
+    """(the system prompt or None, the other messages)."""
+    has_system = messages[0]["role"] == "system"
+    return (messages[0]["content"] if has_system else None), messages[has_system:]
+
+
 def shown_episode(data, index, environment, line, source, base, credit, ranked) -> dict:
     """One line of episodes.jsonl or trajectories.jsonl as the page shows it. credit: the turns of its line in
     advantages.jsonl; ranked: {turn: line of preferences.jsonl}."""
     task = line["task"]
-    number = task_number(data, index, task, line.get("id") or task.get("id") or "", base)
+    number = task_number(data, index, task, line["id"], base)
     turns, n = [], 0
     for message in line["dialogue_history"]:
         turn = {"role": message["role"], **cut(message["content"])}
@@ -350,7 +352,7 @@ def shown_episode(data, index, environment, line, source, base, credit, ranked) 
         if message.get("screenshot"):
             turn["picture"] = address(message["screenshot"], base)
         turns.append(turn)
-    score = environment.details(line)
+    score = environment.details(line) if is_of(environment, line) else {}
     if score.get("picture"):
         turns[-1]["picture"] = address(score["picture"], base)
     if score.get("reference_picture"):
@@ -372,7 +374,7 @@ def shown_episode(data, index, environment, line, source, base, credit, ranked) 
         episode["got"], expected = short_texts(score.get("got")), short_texts(score.get("expected"))
         if data["tasks"][number].setdefault("expected", expected) != expected:
             episode["expected"] = expected
-    elif environment.has_success and isinstance(line.get("reward"), (int, float)):
+    elif environment.has_success and "reward" in line:
         episode["solved"] = line["reward"] == 1
     if line.get("answer") and task.get("ground_truth"):
         episode["code"] = code_of(cut(line["answer"])["text"])
@@ -389,7 +391,7 @@ def task_number(data, index, task: dict, name: str, base: str) -> int:
         data["tasks"].append({
             "description": cut(task["problem_description"])["text"],
             "reference": cut(task.get("ground_truth"))["text"] or "",
-            "calls": short_texts(calls.values()) if isinstance(calls, dict) else [], "picture": None})
+            "calls": short_texts([*calls.values()]) if isinstance(calls, dict) else [], "picture": None})
     return index["tasks"][key]
 
 
@@ -401,8 +403,8 @@ def cut(text) -> dict:
 
 
 def short_texts(values) -> list | None:
-    """Texts of at most 500 characters; None stays None, as a whole and inside."""
-    return None if values is None else [None if value is None else str(value)[:500] for value in values]
+    """Texts of at most 500 characters; None for what is no list, inside None stays None."""
+    return [None if value is None else str(value)[:500] for value in values] if isinstance(values, list) else None
 
 
 def ranking(texts, advantages, message: dict) -> list:
@@ -414,7 +416,7 @@ def ranking(texts, advantages, message: dict) -> list:
 
 
 def plain(value) -> float | None:
-    return float(f"{value:.4g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(f"{value:.4g}") if is_number(value) else None
 
 
 def address(path, base: str) -> str | None:

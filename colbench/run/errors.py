@@ -15,6 +15,9 @@ def run_main(main, out_of_memory="less memory is needed"):
 
     out_of_memory: what to do then. torch's error classes are told by name and text, so torch is not needed here.
     """
+    for stream, errors in (sys.stdout, "replace"), (sys.stderr, "backslashreplace"):
+        if hasattr(stream, "reconfigure"):  # a terminal without β shows a question mark, half a surrogate pair likewise
+            stream.reconfigure(encoding=None if "utf" in stream.encoding.lower() else "ascii", errors=errors)
     try:
         main()
         sys.stdout.flush()

@@ -12,29 +12,27 @@ import shutil
 from pathlib import Path
 
 from colbench.run.errors import UserError
+from colbench.run.fields import checked
 
 _held = {}  # lock file path -> open file: a lock must not vanish because nobody kept the file object
 
 
-def read_jsonl(path, required=()):
+def read_jsonl(path, kind=None):
     """Rows of a JSON-lines file, as a list of dicts. Empty lines are skipped.
 
-    UserError, naming file and line: no such file, a line that is no JSON object, a row without a `required` field.
+    kind: what a row is to be (colbench/run/fields.py). UserError, naming file and line: no such file, a line that is
+    no JSON object, or none of that kind.
     """
-    return [row for _, row in numbered_rows(path, required)]
+    return [row for _, row in numbered_rows(path, kind)]
 
 
-def numbered_rows(path, required=()):
-    """Like read_jsonl, but yields (line number from 1, row), for callers that check more and name the line."""
+def numbered_rows(path, kind=None):
+    """Like read_jsonl, but yields (line number from 1, row)."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):  # binary: splits at \n only, so U+2028 inside a text is no line end
                 if line.strip():
-                    row = _parse(path, number, line)
-                    for field in required:
-                        if field not in row:
-                            raise UserError(f"{path}:{number}: {field}: missing")
-                    yield number, row
+                    yield number, checked(_parse(path, number, line), kind or {}, f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -52,38 +50,45 @@ def _parse(path, number, line):
     return row
 
 
-def repair_jsonl(path, required=()):
+def repair_jsonl(path, kind=None):
     """Rows of a file that an interrupted run left behind; a torn last line is cut off the file. Missing file: [].
 
     A last object that only lacks its newline is whole (a torn one cannot parse): it is kept and gets the newline. A
-    broken line before the last, or a row without a `required` field, raises UserError naming file and line, and the
-    file stays as it is.
+    broken line before the last, or a row of another kind, raises UserError naming file and line, and the file stays as
+    it is.
     """
-    if not Path(path).exists():
-        return []
-    rows, broken, end, line = [], None, 0, b"\n"
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if broken and line.strip():
-                raise broken
-            try:
-                if not line.strip():
-                    continue
-                rows.append(_parse(path, number, line))
-                end = file.tell()
-            except UserError as error:
-                broken = error
-                continue
-            for field in required:
-                if field not in rows[-1]:
-                    raise UserError(f"{path}:{number}: {field}: missing; this line is not of the stage that writes here"
-                                    ": choose another --run")
-    if broken:
+    rows, end, line = _rows_so_far(path, kind)
+    if end is not None:
         os.truncate(path, end)
     elif not line.endswith(b"\n"):
         with open(path, "ab") as file:
             file.write(b"\n")
     return rows
+
+
+def read_so_far(path, kind=None):
+    """Rows of a file that another process may be writing to: a torn last line is left alone. Missing file: []."""
+    return _rows_so_far(path, kind)[0]
+
+
+def _rows_so_far(path, kind):
+    """(rows, where a torn last line begins or None, the last line)."""
+    rows, broken, end, line = [], None, 0, b"\n"
+    if not Path(path).exists():
+        return rows, None, line
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if broken and line.strip():
+                raise broken
+            try:
+                row = _parse(path, number, line) if line.strip() else None
+            except UserError as error:
+                broken = error
+                continue
+            if row is not None:
+                rows.append(checked(row, kind or {}, f"{path}:{number}"))
+                end = file.tell()
+    return rows, end if broken else None, line
 
 
 def append_jsonl(file, row):

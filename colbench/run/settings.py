@@ -6,12 +6,19 @@ import sys
 from pathlib import Path
 
 from colbench.run.errors import UserError
+from colbench.run.fields import FROM_1, checked
 from colbench.run.files import write_aside
 
 # flags that say where, how much or how fast, and not what comes out
 FREE = {"run", "preset", "trajectories", "preferences", "critic_folder", "policy", "policies", "names", "episodes",
         "metrics", "against", "n_tasks", "k", "shard", "parallel", "batch_tokens", "tokens_per_step",
         "gradient_checkpointing", "save_every", "max_tokens", "allow_weak_sandbox"}
+
+# what is read again of an earlier stage's flags, and of metrics.json
+FIELDS = {"env?": str, "model?": str, "load_in_4bit?": bool, "human?": str, "tasks?": str, "agent_prompt?": str,
+          "temperature?": float, "max_turns?": FROM_1, "max_new_tokens?": FROM_1, "batch_tokens?": FROM_1,
+          "tokens_per_step?": FROM_1, "critic?": str, "vision_critic?": str, "no_hidden_info?": bool,
+          "no_length_norm?": bool, "official?": bool, "policies?": dict, "audit?": {"tasks": str, "flawed": dict}}
 
 
 def hide_password(text):
@@ -30,12 +37,12 @@ def settings_file(output: Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; {} for none, or one that is damaged."""
+    """The object in a JSON file; {} for none, or one that is damaged. UserError for a field of a wrong kind."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return checked(found, FIELDS, str(path)) if isinstance(found, dict) else {}
 
 
 def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> None:
@@ -64,7 +71,7 @@ def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> Non
 
 def refuse_other(path: Path, args, names: list[str], what: str) -> None:
     """UserError where the flags `names` are others than those in the file `path`, or there is no such file."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = read_json(path)
     other = [f"{flag(name)} {before.get(name)}, not {getattr(args, name, None)}"
              for name in names if before.get(name) != getattr(args, name, None)]
     if other:

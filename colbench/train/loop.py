@@ -18,9 +18,11 @@ from tqdm import tqdm
 from colbench.lm.adapters import training_mode
 from colbench.lm.memory import model_row, training_memory
 from colbench.run.errors import UserError
+from colbench.run.fields import COUNT
 from colbench.run.files import append_jsonl, lock_run, repair_jsonl, seed_of, write_aside
 from colbench.run.settings import count, keep_settings, next_step, plan
 
+LOG = {"step": COUNT, "skipped?": COUNT}  # what is read again of a line of a log
 DIVERGED = ("loss or gradient was NaN or infinite five times in a row; a checkpoint of the last sound weights is "
             "written; try a lower --learning-rate (delete the checkpoint to start anew), or give the same command to "
             "go on behind these batches")
@@ -45,7 +47,15 @@ def add_training_flags(parser: ArgumentParser) -> None:
 
 def start_accelerator(output: Path) -> Accelerator:
     """Accelerate's processes and precision; the first of them locks `output` against a second run until it ends."""
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    try:
+        accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    except ValueError as error:  # torch.distributed's
+        known = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        names = ", ".join(name for name in known if name in os.environ)
+        if not names:
+            raise
+        raise UserError(f"{names}: a launcher sets all of {', '.join(known)}, to numbers but for the address; unset "
+                        f"what was left of one ({error})") from None
     if accelerator.is_main_process:
         lock_run(output.parent, output.name)
     return accelerator
@@ -239,7 +249,7 @@ class StepLog:
         self.since, self.tokens = time.time(), 0
         self.sound, self.skipped, self.unsound_in_a_row = True, 0, 0
         if accelerator.is_main_process:
-            rows = [row for row in repair_jsonl(path) if row["step"] < first_step]
+            rows = [row for row in repair_jsonl(path, LOG) if row["step"] < first_step]
             self.skipped = rows[-1].get("skipped", 0) if rows else 0
 
             def write(temporary: Path) -> None:

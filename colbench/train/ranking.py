@@ -5,7 +5,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from colbench.env.data import load_trajectories, of_first_tasks
+from colbench.env.data import load_trajectories, of_first_tasks, state_line
 from colbench.env.dialogue import states_with_candidates
 from colbench.env.hidden_info import with_hidden_info, without_hidden_info
 from colbench.lm.logps import candidate_trees, message_logps, message_means, pack, tree_tokens
@@ -85,7 +85,7 @@ def critic_to_do(args, environment) -> str | None:
 
 def states_to_rank(args, environment) -> tuple[list[dict], set]:
     """All states with candidates, and (id, sample, turn) of those that have no line in preferences.jsonl yet."""
-    done = {state_key(line) for line in repair_jsonl(args.preferences)}
+    done = {state_key(line) for line in repair_jsonl(args.preferences, state_line)}
     trajectories = of_first_tasks(load_trajectories(args.trajectories, environment.check_task), args.max_trajectories)
     states = states_with_candidates(trajectories, environment.prompt)
     if not states:

@@ -23,9 +23,10 @@ def cached_logps(accelerator, path: Path, model, trees: list[tuple], budget: int
     lies in one row with them, precision, device, versions. So an interrupted pass goes on, and another run on the same
     pairs (another learning rate, say) does not repeat it.
     """
-    rows = repair_jsonl(path) if accelerator.is_main_process else []
+    kind = {"key": str, "logps": list}
+    rows = repair_jsonl(path, kind) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
-    known = {row["key"]: row["logps"] for row in rows or repair_jsonl(path)}
+    known = {row["key"]: row["logps"] for row in rows or repair_jsonl(path, kind)}
     weights, groups = weights_hash(model), pack([tree_tokens(tree) for tree in trees], budget)
     keys = [hashlib.sha256(json.dumps([weights, [trees[k] for k in group]]).encode()).hexdigest() for group in groups]
     todo = [g for g, key in enumerate(keys) if key not in known]

@@ -7,6 +7,7 @@ from colbench.env.contract import Environment, percent
 from colbench.env.data import failed
 from colbench.env.dialogue import MARKER
 from colbench.env.metrics import bootstrap, dialogue_metrics, leak_rate, success_rate
+from colbench.run.fields import COUNT
 
 HUB = "facebook/collaborative_agent_bench"
 TINY_PROMPT = "Ask about one missing detail at a time, then answer."
@@ -41,6 +42,8 @@ class Backend(Environment):
         "n": Environment.columns["n"], "errors": Environment.columns["errors"]}
     measures = {f"{mode:8}  {name:12}": lambda line, f=f, mode=mode: f(line["scores"], mode)
                 for mode in ("fixed", "official") for name, f in (("success", success), ("tests passed", share))}
+    scores = {"fixed": {"passed": COUNT, "total": COUNT, "calls?": [str], "expected?": list, "got?": list},
+              "official": {"passed": COUNT, "total": COUNT}, "sandbox": str, "note?": str}
     scored_by = "hidden test calls"
     check_task, tasks = staticmethod(check_task), staticmethod(load_tasks)
 

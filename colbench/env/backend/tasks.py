@@ -30,7 +30,7 @@ def check_task(row, where):
         _python(ast.parse, task["ground_truth"], "not Python")
     except ValueError as error:
         raise UserError(f"{where}: ground_truth: {error}") from None
-    if "test_cases" not in row:
+    if row.get("test_cases") is None:
         raise UserError(f"{where}: test_cases: missing")
     try:
         return {**task, "test_cases": parse_test_cases(row["test_cases"])}
@@ -43,10 +43,11 @@ def parse_test_cases(value):
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = _python(ast.literal_eval, value, "neither JSON nor Python text of a dict")
     if not isinstance(value, dict):
         raise ValueError(f"a dict of name: call is wanted, this is a {type(value).__name__}")
+    value = {name: call for name, call in value.items() if call is not None}  # a table's columns are those of all rows
     if not value:
         raise ValueError("a task without tests")
     for name, call in value.items():

@@ -15,6 +15,7 @@ from colbench.env.frontend.protocol import EDITS_PROMPT, PAGE_PROMPT, final_page
 from colbench.env.frontend.score import make_measure
 from colbench.env.metrics import bootstrap, dialogue_metrics
 from colbench.run.errors import UserError
+from colbench.run.fields import COUNT
 from colbench.run.files import read_jsonl
 
 TINY = "tiny-frontend"  # the embedded model of the page language, colbench/env/frontend/tiny
@@ -50,6 +51,7 @@ class Frontend(Environment):
         "at limit": Environment.columns["at limit"], "no page": percent("no_page"), "n": Environment.columns["n"],
         "errors": Environment.columns["errors"]}
     measures = {"similarity": lambda line: line["scores"]["similarity"]}
+    scores = {"similarity": float, "measure": str, "renderer": str}
     has_success = False
     scored_by = "likeness of its picture"
 
@@ -148,7 +150,7 @@ class Frontend(Environment):
         values, n = [line["scores"]["similarity"] for line in sound], max(1, len(sound))
         result = {"episodes": len(sound), "errors": len(lines) - len(sound), "similarity": sum(values) / n,
                   "similarity_95": bootstrap(values, [line["id"] for line in sound]),
-                  "no_page": sum(not line["scores"]["screenshot"] for line in sound) / n, **dialogue_metrics(sound),
+                  "no_page": sum(not line["scores"].get("screenshot") for line in sound) / n, **dialogue_metrics(sound),
                   "measure": sorted({line["scores"]["measure"] for line in sound}),
                   "renderer": sorted({line["scores"]["renderer"] for line in sound})}
         return result | ({"against": win_rate(sound, opponent)} if opponent is not None else {})
@@ -159,7 +161,7 @@ class Frontend(Environment):
         found = {policy: self.metrics(lines, opponent if against or policy != first else None)
                  for policy, lines in by_policy.items()}
         renderers = {line["scores"]["renderer"] for lines in (opponent, *by_policy.values())
-                     for line in lines if "scores" in line}
+                     for line in lines if "renderer" in line.get("scores", ())}
         return {"opponent": against or first, "renderers": sorted(renderers), "policies": found}
 
     def remarks(self, evaluation, tasks):
@@ -206,12 +208,11 @@ def load_opponent(path: str) -> list[dict]:
     UserError: no such file or policy, or several policies and none named.
     """
     path, _, policy = path.partition("#")
-    lines = read_jsonl(path, ("id", "sample"))
+    lines = read_jsonl(path, {"id": str, "sample": COUNT, "policy?": str,
+                              "scores?": {"similarity": float, "renderer?": str}})
     policies = list(dict.fromkeys(line.get("policy", "") for line in lines))
     if policy or len(policies) > 1:
         if policy not in policies:
             raise UserError(f"{path}: holds {', '.join(policies)}; name one of them, as in {path}#{policies[0]}")
         lines = [line for line in lines if line.get("policy") == policy]
-    if any("similarity" not in line.get("scores", {"similarity": 0}) for line in lines):
-        raise UserError(f"{path}: these are no episodes of Frontend Design")
     return lines

@@ -7,13 +7,14 @@ Same `reply(tasks, histories, seeds)` as in colbench.env.humans. Who looks at th
 """
 import base64
 import io
-import re
 from functools import lru_cache
 
 from PIL import Image
 
 from colbench.env.frontend.reviewer import review
-from colbench.lm.server import Reply, ServerChat, is_address
+from colbench.env.humans import draw_replies
+from colbench.lm.server import ServerChat, is_address
+from colbench.lm.texts import OnlyThoughts, Reply, clean, decoded, opens_thoughts
 from colbench.run.errors import UserError
 
 LONGEST_REPLY = 1000  # characters, as in the released environment
@@ -64,8 +65,10 @@ class PageHuman:
         wanted, mine = pictures[:len(tasks)], pictures[len(tasks):]
         sound = [i for i in range(len(tasks)) if wanted[i].path]
         texts = [RuntimeError(f"the reference page cannot be rendered: {picture.refusal}") for picture in wanted]
-        for i, text in zip(sound, self.watcher.say([(mine[i], wanted[i]) for i in sound], [seeds[i] for i in sound])):
-            texts[i] = text if isinstance(text, Exception) else text[:LONGEST_REPLY].strip()
+        self.thoughts = [""] * len(tasks)
+        for i, reply in zip(sound, self.watcher.say([(mine[i], wanted[i]) for i in sound], [seeds[i] for i in sound])):
+            texts[i] = reply if isinstance(reply, Exception) else reply.text[:LONGEST_REPLY].strip()
+            self.thoughts[i] = getattr(reply, "thoughts", "")
         self.leaked = [False] * len(tasks)  # who sees only pictures has no code to leak
         self.notes = [{"screenshot": f"{picture.path.parent.name}/{picture.path.name}"} if picture.path else
                       {"not_rendered": picture.refusal} if picture.refusal != "no page" else {} for picture in mine]
@@ -77,8 +80,8 @@ class Scripted:
     """The reviewer: two layouts to a few sentences."""
 
     def say(self, pairs, seeds):
-        """What it says about each (agent's picture, reference's picture)."""
-        return [review(mine.layout if mine.path else None, wanted.layout) for mine, wanted in pairs]
+        """A Reply about each (agent's picture, reference's picture)."""
+        return [Reply(review(mine.layout if mine.path else None, wanted.layout), None) for mine, wanted in pairs]
 
 
 class Watcher:
@@ -88,11 +91,9 @@ class Watcher:
         self.chat, self.prompt = chat, prompt
 
     def say(self, pairs, seeds):
-        """What it says about each (agent's picture, reference's picture), or an Exception."""
-        rows = self.chat.sample([self._messages(*pair) for pair in pairs], [[seed] for seed in seeds], temperature=0.0,
-                                max_new_tokens=512)
-        return [row[0] if isinstance(row[0], Exception) else
-                re.sub(r"<think>.*?</think>", "", row[0].text, flags=re.DOTALL).strip() for row in rows]
+        """A Reply about each (agent's picture, reference's picture), or an Exception."""
+        return draw_replies(self.chat, [self._messages(*pair) for pair in pairs], seeds, temperature=0.0,
+                            max_new_tokens=512)
 
     def _messages(self, mine, wanted):
         """One user message: the prompt, the agent's picture first, the reference second."""
@@ -149,6 +150,8 @@ class LocalVision:
             for seed in row:
                 try:
                     replies[-1].append(self._one(messages, seed, temperature, max_new_tokens))
+                except OnlyThoughts as error:
+                    replies[-1].append(error)
                 except (RuntimeError, ValueError) as error:
                     replies[-1].append(RuntimeError(str(error).strip().split("\n")[0][:200]))
         return replies
@@ -172,4 +175,7 @@ class LocalVision:
         with self.torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
             ids = ids[0, inputs["input_ids"].shape[1]:]
-        return Reply(self.processor.decode(ids, skip_special_tokens=True).strip(), len(ids))
+        text, thoughts = clean(decoded(self.processor.tokenizer, ids.tolist()), opens_thoughts(prompt))
+        if thoughts and not text.strip():
+            raise OnlyThoughts(f"a reply without text, {len(ids)} tokens that are all thoughts")
+        return Reply(text.strip(), len(ids), thoughts)

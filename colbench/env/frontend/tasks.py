@@ -14,6 +14,7 @@ from pathlib import Path
 
 from colbench.env.frontend.protocol import rewrite_urls
 from colbench.run.errors import UserError, run_main
+from colbench.run.fields import checked
 from colbench.run.files import append_jsonl, write_aside
 
 
@@ -32,8 +33,9 @@ def websight_rows(source: str):
         raise UserError(f"{source}: {reason}; is the network there, and the name right?") from None
 
 
-def task_of(row: dict) -> dict:
+def task_of(row: dict, where: str) -> dict:
     """One WebSight row as a task in the published format."""
+    row = checked(row, {"llm_generated_idea": str, "text": str}, where)
     return {"problem_description": row["llm_generated_idea"], "ground_truth": rewrite_urls(row["text"])}
 
 
@@ -45,9 +47,9 @@ def main():
     parser.add_argument("--source", default="HuggingFaceM4/WebSight",
                         help="hub id or local folder (default: %(default)s)")
     args = parser.parse_args()
-    rows = websight_rows(args.source)
+    rows = enumerate(websight_rows(args.source), 1)
     for split in ("train", "test"):
-        tasks = [task_of(row) for row in itertools.islice(rows, args.n)]
+        tasks = [task_of(row, f"{args.source}: row {number}") for number, row in itertools.islice(rows, args.n)]
         if len(tasks) < args.n:
             raise UserError(f"{args.source}: too few rows for {args.n} {split} tasks: {len(tasks)}; give a smaller --n")
 
