@@ -6,6 +6,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from colbench.lm.load import EMBEDDED
 from colbench.lm.server import Reply, ServerChat
 from colbench.run.errors import UserError
 from conftest import needs_browser
+from edited_pages import OWN, own
 from stages import refused, run
 from tiny_vision import save_tiny_vision
 
@@ -141,7 +143,7 @@ def test_published_format(tmp_path):
     tasks = Frontend.tasks(path)
     assert [task["id"] for task in tasks] == [tasks[0]["id"], "x"] and len(tasks[0]["id"]) == 12
     for row, words in (({"problem_description": "a"}, "ground_truth: missing"),
-                       ({"problem_description": 3, "ground_truth": PAGE}, "not a text"),
+                       ({"problem_description": 3, "ground_truth": PAGE}, "a text is wanted, this is 3"),
                        ({"problem_description": "a", "ground_truth": "def f(): pass"}, "not a page")):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"tasks.jsonl:2: .*{words}"):
@@ -248,12 +250,35 @@ def test_pixel_measure_by_hand(tmp_path):
         image.save(tmp_path / name)
         return tmp_path / name
     white, gray = save("white.png"), save("gray.png", ("#cccccc", (0, 0, 80, 40)))
-    # half of the cells differ by 51/255 = 0.2, so the mean is 0.1 and colour 0.8; no cell of either has any detail
-    assert Pixels().similarities([(gray, white)])[0] == pytest.approx(0.5 * 0.8 + 0.5)
+    # half of the coarse view differs by 51/255 = 0.2, so m is 0.1 and C 0.8; no cell of either has any detail
+    assert Pixels().similarities([(gray, white)])[0] == pytest.approx((2 * 0.8 + 1) / 3)
     assert Pixels().similarities([(white, save("taller.png", size=(80, 160)))])[0] == 1  # white below white
     # black against white, both without detail
-    assert Pixels().similarities([(None, white)])[0] == pytest.approx(0.5 * 0 + 0.5)
+    assert Pixels().similarities([(None, white)])[0] == pytest.approx(1 / 3)
+    # a black bar of 4 x 8 px, 1 x 2 of the coarse view, makes detail in one cell and, smoothed, in 5 x 5; in the other
+    # picture it is six cells further to the right
+    one, other = (save(f"{x}.png", ("black", (x, 16, x + 4, 24)), size=(128, 128)) for x in (16, 64))
+    coarse, detail = Pixels().parts(one, other)
+    assert coarse == pytest.approx(1 - 2 * 4 / 32 ** 2) and detail == 0
+    assert Pixels().parts(one, white) == (pytest.approx(1 - 2 * 2 / 32 ** 2), 0)
     assert Pixels().name == "pixel similarity"
+
+
+@needs_browser
+def test_pixel_measure_puts_edits_in_order(tmp_path):
+    with Renderer(tmp_path) as renderer:
+        shots = [[picture.path for picture in renderer.render([page, *others])] for page, others in own()]
+        blank = renderer.render(["<html></html>"])[0].path
+    wrong = set()
+    for name, (reference, *others) in zip(OWN, shots):
+        scores = Pixels().similarities([(path, reference) for path in others])
+        assert all(0 <= score < 1 for score in scores) and Pixels().similarities([(reference, reference)]) == [1]
+        empty = max(Pixels().similarities([(blank, reference), (None, reference)]))
+        assert empty < scores[0 if name == "sparse" else 1] and empty <= 2 / 3
+        named = zip(("near", "moderate", "major", "unrelated"), scores)
+        wrong |= {(name, closer, further) for (closer, a), (further, b) in combinations(named, 2) if not a > b}
+    # the unrelated page has the same ground there, and the edit leaves little; plain thumbnails do not see it either
+    assert wrong == {(name, "major", "unrelated") for name in ("shop", "gallery", "blog", "picture across")}
 
 
 # ------------------------------------------------------------------------------------------------------------ reviewer

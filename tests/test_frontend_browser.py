@@ -1,7 +1,12 @@
 """Pages in a real browser: the same bytes each time, Tailwind, pictures, and what hostile pages get."""
 import asyncio
+import base64
+import hashlib
+import html
+import io
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -14,11 +19,13 @@ from PIL import Image
 
 from colbench.env.frontend import browser
 from colbench.env.frontend.browser import Renderer
+from colbench.env.frontend.configuration import configured, settings
 from colbench.env.frontend.pages import BUSINESSES, compose, page_tasks
-from colbench.env.frontend.resources import asset, needs_scripts, placeholder, tailwind_sheet
+from colbench.env.frontend.resources import asset, needs_scripts, placeholder, play_script, tailwind_sheet
 from colbench.run.errors import UserError
 from conftest import browser_program, needs_browser
 from hostile_pages import BURDENS, ESCAPES, HANGS, PLAY, SLOW
+from tailwind_settings import HOSTILE, SPELLINGS, page
 
 SHEET = '<link href="https://cdn.jsdelivr.net/npm/tailwindcss@2.2.19/dist/tailwind.min.css" rel="stylesheet">'
 PAGES = [task["ground_truth"] for task in page_tasks("test", 8)] + [
@@ -74,10 +81,8 @@ def test_fingerprint_names_browser_flags_and_fonts(renderer):
     assert "network" in renderer.layers and "25 s" in renderer.layers
 
 
-@pytest.mark.slow
-@needs_browser
-def test_only_the_rules_a_page_uses_and_the_same_pixels_as_with_the_whole_sheet(renderer, tmp_path):
-    """The slow, obvious way: the whole published sheet in a browser of its own."""
+def plain(pages, renderer, scripts):
+    """The pictures of pages in a browser that only serves files: the whole sheet, no policy, all scripts of a page."""
     from playwright.async_api import async_playwright
 
     from colbench.env.frontend.worker import FLAGS
@@ -88,26 +93,36 @@ def test_only_the_rules_a_page_uses_and_the_same_pixels_as_with_the_whole_sheet(
                 executable_path=browser_program() or None,
                 args=[*FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])],
                 env={**os.environ, "FONTCONFIG_FILE": str(Path(renderer._scratch.name) / "fonts.conf")})
-            tab = await program.new_page(viewport={"width": 1366, "height": 768}, java_script_enabled=False)
-
-            async def answer(route):
-                url = route.request.url
-                if "page.invalid" in url:
-                    body, kind = page, "text/html; charset=utf-8"
-                elif ".css" in url:
-                    body, kind = asset("tailwind-2.2.19.css"), "text/css"
-                else:
-                    body, kind = placeholder(url), "image/svg+xml"
-                await route.fulfill(body=body, content_type=kind)
-            await tab.route("**/*", answer)
             shots = []
-            for page in PAGES:
+            for page in pages:
+                tab = await program.new_page(viewport={"width": 1366, "height": 768}, java_script_enabled=scripts)
+
+                async def answer(route):
+                    url = route.request.url
+                    if "page.invalid" in url:
+                        body, kind = page, "text/html; charset=utf-8"
+                    elif ".css" in url:
+                        body, kind = asset("tailwind-2.2.19.css"), "text/css"
+                    elif body := play_script(url):
+                        kind = "text/javascript"
+                    else:
+                        body, kind = placeholder(url), "image/svg+xml"
+                    await (route.fulfill(body=body, content_type=kind) if body else route.abort())
+                await tab.route("**/*", answer)
                 await tab.goto("http://page.invalid/")
-                shots.append(await tab.screenshot(full_page=True, animations="disabled", caret="hide"))
+                await tab.wait_for_timeout(200 * scripts)
+                shot = await tab.screenshot(full_page=True, animations="disabled", caret="hide")
+                shots.append(np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")))
+                await tab.close()
             return shots
-    for i, (shot, picture) in enumerate(zip(asyncio.run(draw()), renderer.render(PAGES))):
-        (tmp_path / "whole.png").write_bytes(shot)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "whole.png").convert("RGB")), pixels(picture)), i
+    return asyncio.run(draw())
+
+
+@pytest.mark.slow
+@needs_browser
+def test_only_the_rules_a_page_uses_and_the_same_pixels_as_with_the_whole_sheet(renderer):
+    for i, (shot, picture) in enumerate(zip(plain(PAGES, renderer, False), renderer.render(PAGES))):
+        assert np.array_equal(shot, pixels(picture)), i
         assert len(tailwind_sheet(PAGES[i])) < 20_000
 
 
@@ -166,11 +181,59 @@ def test_scripts_run_only_where_tailwind_needs_them(renderer, script):
     assert not (pixels(without) == (255, 0, 0)).all(-1).any()
 
 
+NOT_SHOWN = {"never called", "a condition", "no require in a browser", "an unknown name", "another variable",
+             "not a script", "before", "object before", "Tailwind deferred", "overwritten", "commented out"}
+QUICK = ("an HTML comment", "script type=module", "variables", "a menu after it", "functions", "before")
+
+
 @needs_browser
-def test_configuration_of_the_play_script(renderer):
-    page = f'<html>{PLAY}<script>tailwind.config = {{theme: {{extend: {{colors: {{own: "#00ff00"}}}}}}}}</script>' \
-           '<body><div class="w-8 h-8 bg-own"></div></body></html>'
-    assert (pixels(renderer.render([page])[0]) == (0, 255, 0)).all(-1).sum() == 32 * 32
+@pytest.mark.parametrize("names", [QUICK, pytest.param([name for name in SPELLINGS if name not in QUICK],
+                                                       marks=pytest.mark.slow)], ids=["some", "others"])
+def test_settings_of_tailwind_in_any_place_and_spelling(renderer, names):
+    pages = [SPELLINGS[name] for name in names]
+    for name, shot, picture in zip(names, plain(pages, renderer, True), renderer.render(pages)):
+        red = (pixels(picture) == (255, 0, 0)).all(-1).sum()
+        assert (name, red) == (name, 0 if name in NOT_SHOWN else 64 * 64)
+        assert np.array_equal(shot, pixels(picture)), name
+
+
+@needs_browser
+@pytest.mark.parametrize("names", [
+    ["a call", "a getter"], pytest.param(list(HOSTILE), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_nothing_but_settings_runs(renderer, names):
+    def ran(shot):
+        return (shot == (1, 2, 3)).all(-1).any()
+    pages = [page(HOSTILE[name]) for name in names]
+    shown = list(map(pixels, renderer.render(pages)))
+    assert [name for name, shot in zip(names, shown) if ran(shot)] == []
+    # each of them does it in a plain browser
+    assert [name for name, shot in zip(names, plain(pages, renderer, True)) if not ran(shot)] == []
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_new_scripts_hold_none_of_what_is_not_settings(name):
+    text, sources = configured(HOSTILE[name])
+    for digest in sources:  # what may run
+        bodies = [*re.findall("<script>(.*?)</script>", text, re.DOTALL),
+                  *map(html.unescape, re.findall('onload="(.*?)"', text))]
+        allowed, = [body for body in bodies if base64.b64encode(
+            hashlib.sha256(body.encode()).digest()).decode() in digest]
+        assert not re.search("document|(?<!own_)location", re.sub("'[^']*'", "", allowed))
+
+
+@pytest.mark.parametrize("script, wanted", [
+    ("// ours\nwindow.tailwind.config = {a: [1, .5, 'x', `y`, /z/g,], 'b': -2, [3]: !0, c: {...d, e}}; go()",
+     """window["tailwind"]["config"] = {a: [1, .5, 'x', `y`, /z/g], 'b': - 2, [3]: ! 0, c: {...own_d, e: own_e}};"""),
+    ("tailwind.config = {a: () => 1, b: 2, c() {}, async d() {}, get e() {}, f: g(), h: new I, j: k ? 1 : 2, l: x => 3"
+     "}", """tailwind["config"] = {b: 2};"""),
+    ("var location = 'x', {name: n, ...rest} = tailwind", ""), ("let {name: n, p} = tailwind",
+     "let {name: own_n, p: own_p} = tailwind;"),
+    ("tailwind.a.constructor = 1", ""), ("tailwind['a']['__proto__'].b = 1", ""), ("tailwind['\\x61'] = 1", ""),
+    ("tailwind.config = {", ""), ("tailwind.config = '\0'", ""), ("tailwind.config = " + "[" * 5000, ""), ("", ""),
+    ("a(`${`}`}`); b(/[/]`/, c / d / 2)\ntailwind.x = 1", 'tailwind["x"] = 1;'), ("}}}\n)\n", ""),
+])
+def test_what_is_read_of_a_script(script, wanted):
+    assert settings(script, set()) == wanted
 
 
 def test_which_pages_need_scripts():
@@ -226,10 +289,33 @@ def no_process_of(tree):
     return not left
 
 
+LET_THROUGH = """
+import asyncio, sys
+from colbench.env.frontend import worker
+policy = worker.policy
+worker.policy = lambda scripts, inline: policy(scripts, ["'unsafe-inline'", "'unsafe-eval'"])
+asyncio.run(worker.main(sys.argv[1], int(sys.argv[2])))
+"""
+
+
+@pytest.fixture()
+def scripts_run(monkeypatch):
+    """As if all scripts of a page passed for settings: what stands behind that has to hold too."""
+    real = browser.Worker
+    monkeypatch.setattr(browser, "Worker", lambda command, environment: real(
+        [*command[:-4], "-c", LET_THROUGH, *command[-2:]], environment))
+
+
+@needs_browser
+def test_scripts_do_run_where_they_are_let_through(scripts_run, tmp_path):
+    with Renderer(tmp_path) as renderer:
+        assert (pixels(renderer.render([page(HOSTILE["a call"])])[0]) == (1, 2, 3)).all(-1).any()
+
+
 @needs_browser
 @QUICK_AND_SLOW
 @pytest.mark.parametrize("isolated", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_nothing_gets_out(tmp_path, monkeypatch, listener, isolated, slow):
+def test_nothing_gets_out(tmp_path, monkeypatch, listener, scripts_run, isolated, slow):
     if not isolated:  # the inner layers alone; UDP is what only the network namespace stops
         monkeypatch.setattr(browser, "network_namespace", lambda: [])
     secret = tmp_path / "secret.png"
@@ -273,7 +359,7 @@ def test_refresh_leaves_the_page_as_it_is(renderer):
 
 @needs_browser
 @QUICK_AND_SLOW
-def test_burdens(tmp_path, slow):
+def test_burdens(tmp_path, scripts_run, slow):
     with Renderer(tmp_path, deadline=20) as renderer:
         right = renderer.render([good(0)])[0].path.read_bytes()
         for i, (name, page) in enumerate(some(BURDENS, slow).items(), 1):
@@ -290,7 +376,9 @@ def test_burdens(tmp_path, slow):
 
 @needs_browser
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in HANGS])
-def test_a_page_that_hangs_or_fills_the_memory_is_refused_and_its_neighbours_are_not(tmp_path, name):
+def test_a_page_that_hangs_or_fills_the_memory_is_refused_and_its_neighbours_are_not(tmp_path, request, name):
+    if "script" in name:
+        request.getfixturevalue("scripts_run")
     with Renderer(tmp_path, tabs=2, deadline=5 if name != "a memory bomb" else 40, memory=1.5e9) as renderer:
         tree = renderer.worker.tree()
         pictures = renderer.render([good(1), HANGS[name], good(2), good(3)])

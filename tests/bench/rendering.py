@@ -1,20 +1,60 @@
-"""Pages a second of the renderer, and whether two launches give the same bytes.
+"""Pages a second of the renderer, and whether two launches give the same bytes; and whether the pixel measure puts
+pages in the right order.
 
     python tests/bench/rendering.py                                    # the bundled pages
     python tests/bench/rendering.py --tasks frontend_tasks.jsonl --n 100
+    python tests/bench/rendering.py --order --tasks frontend_tasks.jsonl
+
+For --order each page has four candidates (tests/edited_pages.py): near, moderate, major edit, unrelated page. It counts
+pages whose candidates are all in this order, and pairs of candidates: of the pages written by hand, and of edits by
+chance of these and of --tasks. Beside the measure stand its two parts, and the likeness of plain 32 x 32 thumbnails.
 """
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+import numpy as np
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from colbench.env.frontend.browser import Renderer  # noqa: E402
 from colbench.env.frontend.environment import Frontend  # noqa: E402
+from colbench.env.frontend.score import Pixels  # noqa: E402
 from colbench.run.errors import run_main  # noqa: E402
+from edited_pages import edited, own  # noqa: E402
+
+
+def thumbnails(mine, wanted):
+    """1 minus the mean difference of two pictures of 32 x 32 px."""
+    a, b = (np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BOX), float) / 255
+            for path in (mine, wanted))
+    return 1 - abs(a - b).mean()
+
+
+def order(pages):
+    """Print how each measure orders the candidates of the hand-written pages and of edits of `pages`."""
+    by_hand, pixels = own(), Pixels()
+    measures = {"measure": lambda a, b: pixels.similarities([(a, b)])[0], "coarse": lambda a, b: pixels.parts(a, b)[0],
+                "detail": lambda a, b: pixels.parts(a, b)[1], "thumbnails": thumbnails}
+    sets = {"by hand": by_hand}
+    for seed in range(3):
+        sets[f"edits of these, {seed}"] = edited([reference for reference, _ in by_hand], seed)
+        sets[f"edits of the tasks, {seed}"] = edited(pages, seed)
+    for name, rows in sets.items():
+        with tempfile.TemporaryDirectory() as folder, Renderer(folder) as renderer:
+            shots = [[picture.path for picture in renderer.render([page, *others])] for page, others in rows]
+            shots = [row for row in shots if None not in row]
+            told = []
+            for label, measure in measures.items():
+                right = [[a > b for a, b in itertools.combinations([measure(path, first) for path in others], 2)]
+                         for first, *others in shots]
+                told.append(f"{label} {sum(map(all, right))} ({sum(map(sum, right))} pairs)")
+        print(f"{name}, {len(shots)} pages ({6 * len(shots)} pairs): " + ", ".join(told), flush=True)
 
 
 def main():
@@ -26,8 +66,11 @@ def main():
     parser.add_argument("--repeat", type=int, default=3,
                         help="measurements of each, after one to warm up (default: %(default)s)")
     parser.add_argument("--layout", action="store_true", help="measure the layout too, as for the scripted reviewer")
+    parser.add_argument("--order", action="store_true", help="the order of edited pages instead of the speed")
     args = parser.parse_args()
     pages = [task["ground_truth"] for task in Frontend.tasks(args.tasks, args.n)]
+    if args.order:
+        return order(pages)
     expected = None
     for tabs in args.tabs:
         rates = []

@@ -231,7 +231,7 @@ class Renderer:
 
 def rules_version() -> str:
     """Hash of what else decides how a page looks: what it gets served, and how it is photographed."""
-    folder, names = Path(__file__).parent, ("resources.py", "worker.py", "layout.py")
+    folder, names = Path(__file__).parent, ("resources.py", "configuration.py", "worker.py", "layout.py")
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:8]
 
 

@@ -210,6 +210,8 @@ def load_opponent(path: str) -> list[dict]:
     path, _, policy = path.partition("#")
     lines = read_jsonl(path, {"id": str, "sample": COUNT, "policy?": str,
                               "scores?": {"similarity": float, "renderer?": str}})
+    if not lines:
+        raise UserError(f"{path}: no episodes in it")
     policies = list(dict.fromkeys(line.get("policy", "") for line in lines))
     if policy or len(policies) > 1:
         if policy not in policies:

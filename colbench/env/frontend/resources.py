@@ -15,7 +15,8 @@ SHA256 = {
 }
 SHEET = re.compile(r"tailwind[^?#]*\.css", re.IGNORECASE)  # any version gets 2.2.19, the one published pages link
 PLAY = re.compile(r"(https?:)?//cdn\.tailwindcss\.com\b|"
-                  r"(https?:)?//[^\s\"'<>]*(@tailwindcss/browser|tailwindcss-browser)", re.IGNORECASE)
+                  r"(https?:)?//[^\s\"'<>]*(@tailwindcss/browser|tailwindcss-browser|tailwindcss-cdn)",
+                  re.IGNORECASE)
 ESCAPE = re.compile(r"\\(?:([0-9a-f]{1,6})\s?|(.))")  # \32xl is the class 2xl, \: a colon
 LARGEST_SIDE = 4096  # px; a page may ask for a picture of 100,000 by 100,000
 

@@ -8,7 +8,7 @@ from colbench.run.errors import UserError
 
 CLIP = "openai/clip-vit-base-patch32"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of RGB in 0..1
-CELL = 8  # px
+CELL, COARSE = 8, 32  # px of a cell; cells across and down of the coarse view
 
 
 def make_measure(name: str, device=None):
@@ -84,35 +84,33 @@ def preprocess(image: Image.Image, size: int = 224) -> np.ndarray:
 
 class Pixels:
     """An offline stand-in, 0 to 1, and 1 for equal pictures. Not CLIP, no embedding: do not compare it with published
-    numbers.
+    numbers. For an answer's picture a and the reference's b
 
-    Both pictures on white canvases of one size are cut into cells of 8 x 8 px. Half of the measure is colour: 1 minus
-    twice the mean difference of the cells' mean colours (at least 0). The other half is detail: the overlap (sum of
-    minima over sum of maxima) of how much the brightness varies in each cell, smoothed over 5 x 5 cells so that a small
-    shift costs little.
+        s(a, b) = (2 C + D) / 3
+
+    C, the coarse view: both pictures are shrunk to 32 x 32 px, whatever their height. C = max(0, 1 - 2 m), where m is
+    the mean over these of |a - b|, colours in 0..1, in the channel that differs most.
+    D, the detail: both lie on white canvases of one size, cut into cells of 8 x 8 px; d is how much the brightness
+    varies in a cell (its standard deviation), smoothed over 5 x 5 cells so that a small shift costs little.
+    D = sum of min(d_a, d_b) / sum of max(d_a, d_b), and 1 where neither picture has any.
     """
 
     name = "pixel similarity"
 
     def similarities(self, pairs: list) -> list:
         """pairs: (path of the answer's picture or None, path of the reference's picture)."""
-        return [self._similarity(*pair) for pair in pairs]
+        return [(2 * coarse + detail) / 3 for coarse, detail in (self.parts(*pair) for pair in pairs)]
 
-    def _similarity(self, mine, wanted) -> float:
+    def parts(self, mine, wanted) -> tuple[float, float]:
+        """(C, D) of two paths as in `similarities`."""
         if mine == wanted:
-            return 1.0
-        wanted_size = _size(wanted)
-        a, b = _cells(mine, wanted_size if mine is None else None), _cells(wanted, None)
+            return 1.0, 1.0
+        (coarse_a, a), (coarse_b, b) = _views(mine, _size(wanted) if mine is None else None), _views(wanted, None)
+        coarse = max(0.0, 1 - 2 * float(np.abs(coarse_a - coarse_b).max(-1).mean()))
         rows, columns = (max(x.shape[axis] for x in (a, b)) for axis in (0, 1))
-        a, b = (np.pad(x, ((0, rows - x.shape[0]), (0, columns - x.shape[1]), (0, 0)), constant_values=np.nan)
-                for x in (a, b))
-        for x in (a, b):
-            x[np.isnan(x[..., 0])] = (1, 1, 1, 0)  # white, without detail
-        colour = max(0.0, 1 - 2 * float(np.abs(a[..., :3] - b[..., :3]).max(-1).mean()))
-        da, db = _smooth(a[..., 3]), _smooth(b[..., 3])
-        most = float(np.maximum(da, db).sum())
-        detail = float(np.minimum(da, db).sum()) / most if most > 1e-9 else 1.0
-        return 0.5 * colour + 0.5 * detail
+        a, b = (_smooth(np.pad(x, ((0, rows - x.shape[0]), (0, columns - x.shape[1])))) for x in (a, b))
+        most = float(np.maximum(a, b).sum())
+        return coarse, float(np.minimum(a, b).sum()) / most if most > 1e-9 else 1.0
 
 
 @lru_cache(maxsize=4096)
@@ -122,21 +120,22 @@ def _size(path):
 
 
 @lru_cache(maxsize=512)
-def _cells(path, size) -> np.ndarray:
-    """(rows, columns, 4): mean red, green, blue in 0..1 of each cell, and the standard deviation of its brightness."""
+def _views(path, size) -> tuple[np.ndarray, np.ndarray]:
+    """(32, 32, 3): the mean colours of the coarse view; (rows, columns): each cell's deviation of the brightness."""
     image = picture(path) if path is not None else Image.new("RGB", size, "black")
+    coarse = np.asarray(image.resize((COARSE, COARSE), Image.Resampling.BOX), np.float32) / 255
     width, height = -(-image.width // CELL) * CELL, -(-image.height // CELL) * CELL
     canvas = Image.new("RGB", (width, height), "white")
     canvas.paste(image)
     pixels = np.asarray(canvas, np.float32).reshape(height // CELL, CELL, width // CELL, CELL, 3) / 255
     deviation = pixels.mean(-1).std((1, 3))
-    # below a quarter of a grey level it is rounding
-    return np.dstack([pixels.mean((1, 3)), np.where(deviation < 1e-3, 0, deviation)])
+    return coarse, np.where(deviation < 1e-3, 0, deviation)  # below a quarter of a grey level it is rounding
 
 
 def _smooth(values: np.ndarray, radius: int = 2) -> np.ndarray:
     """Mean over (2 radius + 1)² cells."""
     side = 2 * radius + 1
-    padded = np.pad(values, radius)
+    padded = np.pad(values.astype(np.float64), radius)
     total = np.pad(padded.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    return (total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]) / side**2
+    sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    return np.maximum(sums, 0) / side**2  # a difference of sums can be a hair below 0
