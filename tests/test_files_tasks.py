@@ -17,7 +17,7 @@ import pytest
 from colbench.env.backend.tasks import check_task, load_tasks
 from colbench.env.data import load_trajectories
 from colbench.run.errors import UserError, run_main
-from colbench.run.files import append_jsonl, lock_run, read_jsonl, repair_jsonl, seed_of, write_aside
+from colbench.run.files import append_jsonl, lock_run, read_jsonl, read_so_far, repair_jsonl, seed_of, write_aside
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,6 +104,21 @@ def test_repair_touches_nothing_it_does_not_understand(tmp_path):
     with pytest.raises(UserError, match=r"rows\.jsonl:2: not valid JSON"):
         repair_jsonl(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("last, says", [
+    (b'{"a": }\n', "not valid JSON"), (b"null\n", "a JSON object is wanted"), (b"\xff\n", "not valid JSON"),
+    (b'{"a": ' + b"1" * 5000 + b"}\n", "not valid JSON"), (b'[{"a": 1}]', "a JSON object is wanted"),
+    (b"a,b", "not valid JSON")])
+def test_what_no_kill_leaves_is_never_cut_off(tmp_path, last, says):
+    """A kill leaves the beginning of an object without its end; all else at the end of a file is somebody's own."""
+    path = tmp_path / "rows.jsonl"
+    for first in (b"", b'{"a": 1}\n'):
+        path.write_bytes(first + last)
+        for read in (repair_jsonl, read_so_far):
+            with pytest.raises(UserError, match=rf"rows\.jsonl:{1 + bool(first)}: {says}"):
+                read(path)
+        assert path.read_bytes() == first + last
 
 
 def test_kill_in_the_middle_of_appends(tmp_path):

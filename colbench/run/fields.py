@@ -2,7 +2,7 @@
 
 A kind is
     str, float, bool, dict, list   a text, a finite number, true or false, an object of anything, a list of anything
-    range(1, 10)                   a whole number in it; 1.0 is one too, as table libraries write them
+    range(1, 10)                   a whole number in it; 1.0 is one too (and true), as table libraries write them
     {"a", "b"}                     one of these texts
     [kind]                         a list of such
     (kind, kind)                   a list of just these
@@ -53,6 +53,8 @@ def is_number(value) -> bool:
 
 
 def _is_a(kind, value, where):
+    if kind is bool and type(value) is float and value in (0, 1):  # a table library's column in which some are missing
+        return bool(value)
     right = is_number(value) if kind is float else isinstance(value, kind)
     return value if right else _refuse(NAMES[kind], value, where)
 

@@ -78,11 +78,11 @@ def _rows_so_far(path, kind):
         return rows, None, line
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if broken and line.strip():
-                raise broken
             try:
                 row = _parse(path, number, line) if line.strip() else None
             except UserError as error:
+                if line.endswith(b"\n") or not line.lstrip().startswith(b"{"):
+                    raise  # torn is the beginning of an object that lacks its end; this is somebody's file
                 broken = error
                 continue
             if row is not None:
