@@ -262,6 +262,8 @@ def test_content_of_every_shape_and_thoughts_in_it_or_beside_it(serve, message, 
     (completion([part("thinking", "hm", "thinking")]), "all of it thoughts"), (completion([]), "without text"),
     (completion({}), "without text"), (completion([{"type": "image_url", "image_url": {"url": "x"}}]), "without text"),
     (completion(None, refusal="I can't help."), "the model refuses: I can't help."),
+    (completion([{"type": "refusal", "refusal": "I can't."}]), "the model refuses: I can't."),
+    (completion([part("thinking", "hm", "thinking"), part("refusal", "No.", "refusal")]), "the model refuses: No."),
     (completion(None, reason="tool_calls", tool_calls=[{"id": "1"}]), "a call of a tool (finish reason: tool_calls)"),
     (completion("hal", reason="content_filter"), "broke off (finish reason: content_filter)"),
     (completion("hal", reason="error"), "finish reason: error"), (completion("hal", reason="abort"), "reason: abort"),
@@ -287,6 +289,8 @@ def test_what_says_nothing_is_asked_for_once_more_then_an_error(serve, message, 
     ({"error": {"message": "so it is", "type": "rate_limit_error"}}, 429, 3), ({"error": "so it\nis"}, 400, 1),
     ({"error": {"message": "so it is: overloaded", "code": None}}, 429, 3), ({"detail": "so it is"}, 400, 1),
     ({"error": {"message": "so it is", "code": "invalid_api_key"}}, 401, 1),
+    ({"error": True, "message": "so it is: rate limit"}, 429, 3), ({"error": True, "message": "so it is"}, 400, 1),
+    ({"error_code": 18, "error_msg": "so it is: request limit reached"}, 429, 3), ({"error_msg": "so it is"}, 400, 1),
     ({"choices": None, "base_resp": {"status_code": 1002, "status_msg": "so it is"}}, 400, 1),
     ({"choices": [{"error": {"message": "so it is", "code": 502}, "finish_reason": "error",
                    "message": {"role": "assistant", "content": "hal"}}]}, 502, 3),
@@ -369,10 +373,80 @@ def test_a_template_that_opens_the_thoughts_is_noticed_at_the_start(serve):
     chat.check()
     [[reply]] = chat.sample([says("x")], [[1]])
     assert isinstance(reply, OnlyThoughts)
-    plain = serve(lambda body, earlier: (200, {}, completion("word word", reason="length")))
+    plain = serve(lambda body, earlier: (200, {}, completion("word word", reason="length" if last(body) == "x" else
+                                                             "stop")))
     chat = ServerChat(plain.url, "first")
     chat.check()
     assert chat.sample([says("x")], [[1]]) == [[Reply("word word", 3)]]
+
+
+@pytest.mark.parametrize("longer, is_thought", [
+    ("He says hello.\n</think>\n\nHello!", True), ("He says hello.</think>Hello!", True), ("Hello, and so on.", False),
+    ("<think>He says hello.</think>Hello!", False), (None, True), (500, True)])
+def test_a_greeting_that_is_cut_before_any_tag_is_asked_for_at_length(serve, longer, is_thought):
+    def behave(body, earlier):
+        if last(body) != "Hello" or body["max_tokens"] < 1000 or longer is None:
+            return 200, {}, completion("The hidden code says", reason="length")
+        return (500, QUICK, {"error": {"message": "no"}}) if longer == 500 else longer
+    server = serve(behave)
+    chat = ServerChat(server.url, "first", max_retries=0)
+    chat.check()
+    assert [body["max_tokens"] for body in server.requests][:2] == [256, 4096]
+    [[reply]] = chat.sample([says("x")], [[1]])
+    assert isinstance(reply, OnlyThoughts) == is_thought and (is_thought or reply == Reply("The hidden code says", 3))
+    server.requests.clear()
+    chat.check()
+    assert [body["max_tokens"] for body in server.requests][0] == 1
+
+
+def test_a_greeting_cut_within_its_tags_or_by_a_small_server_is_not_asked_for_at_length(serve):
+    for message in (completion("<think>He says", reason="length"), completion("hm", reason="length", reasoning="so"),
+                    completion(None, reason="length")):
+        server = serve(lambda body, earlier: (200, {}, message))
+        ServerChat(server.url, "first").check()
+        assert {body["max_tokens"] for body in server.requests} == {256}
+    small = serve(lambda body, earlier: (400, {}, {"error": {"message": "too long"}}) if body["max_tokens"] > 9 else
+                  (200, {}, completion("Hel", reason="length")))
+    ServerChat(small.url, "first").check()
+    assert [body["max_tokens"] for body in small.requests] == [256, 1]
+
+
+def test_an_answer_about_tags_makes_no_reply_a_thought(serve):
+    answer = 'I WANT TO ANSWER:\ndef f(s):\n    """Drop all up to\n</think>\n"""\n    return s.split("</think>")[-1]'
+    server = serve(lambda body, earlier: (200, {}, completion("and so on", reason="length")) if last(body) == "x" else
+                   answer)
+    chat = ServerChat(server.url, "first", concurrency=1)
+    assert chat.sample([says("y"), says("x")], [[1], [1]]) == [[Reply(answer, 3)], [Reply("and so on", 3)]]
+
+
+@pytest.mark.parametrize("body, words", [
+    ("context length exceeded", "error 400: context length exceeded"), ("x" * 999, "error 400: " + "x" * 150),
+    ("<html><title>413 Too Large</title><p>no</p></html>", "error 400: 413 Too Large no"),
+    ([{"error": {"message": "API key not valid"}}], "API key not valid"), (["so it is"], "so it is")])
+def test_the_words_of_an_error_that_is_no_object(serve, body, words):
+    server = serve(lambda _, earlier: (400, {}, body))
+    [[reply]] = ServerChat(server.url, "first").sample([says("x")], [[1]])
+    assert words in str(reply) and "<" not in str(reply) and "x" * 151 not in str(reply)
+
+
+@pytest.mark.parametrize("status, body", [
+    (400, {"error": "Only user and assistant roles are supported!"}), (200, {"error": "Unknown role: system"}),
+    (422, {"error": "Template error: system role not supported", "error_type": "template_error"}),
+    (400, {"detail": "System role not supported"}), (422, {"detail": [{"msg": "roles must alternate"}]}),
+    (500, "Sorry"), (500, ""), (400, [{"error": {"message": "system instruction is not supported"}}]),
+    (400, "Conversation roles must alternate")])
+def test_a_refusal_of_the_system_role_in_any_shape(serve, status, body):
+    server = serve(lambda sent, earlier: (status, {}, body) if sent["messages"][0]["role"] == "system" else last(sent))
+    dialogue = [{"role": "system", "content": "Ask."}, *says("b")]
+    assert ServerChat(server.url, "first", max_retries=0).sample([dialogue], [[1]]) == [[Reply("Ask.\n\nb", 3)]]
+
+
+@pytest.mark.parametrize("body", [
+    {"object": "error", "message": {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs"}]}},
+    [{"error": {"message": "Invalid value at 'generation_config.seed'"}}], {"detail": "seed is not known"}, "no seed"])
+def test_a_refusal_of_the_seed_in_any_shape(serve, body):
+    server = serve(lambda sent, earlier: (422, {}, body) if "seed" in sent else "without")
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply("without", 3)]]
 
 
 @pytest.mark.parametrize("status", [400, 422])

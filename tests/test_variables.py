@@ -17,7 +17,9 @@ LEFT = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_MIXED_PRECISI
         "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_TORCH_DEVICE": "meta", "ACCELERATE_USE_CPU": "perhaps", "ACCELERATE_LOG_LEVEL": "loud",
         "ACCELERATE_ENABLE_RICH": "perhaps", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "TQDM_NCOLS": "wide",
-        "TQDM_BAR_FORMAT": "{none}", "HF_HUB_DOWNLOAD_TIMEOUT": "10s", "HF_HUB_ETAG_TIMEOUT": ""}
+        "TQDM_BAR_FORMAT": "{none}", "HF_HUB_DOWNLOAD_TIMEOUT": "10s", "HF_HUB_ETAG_TIMEOUT": "",
+        "TORCH_LOGS": "loud", "TORCH_LOGS_OUT": "/nowhere/x", "TORCH_LOGS_FORMAT": "x",
+        "TORCH_DISTRIBUTED_DEBUG": "loud"}
 ELSE = {"PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error", "PYTHONHASHSEED": "7", "COLUMNS": "1", "TERM": "dumb",
         "TRANSFORMERS_VERBOSITY": "loud", "HF_HUB_OFFLINE": "perhaps", "HF_ENDPOINT": "nowhere", "TMPDIR": "/nowhere",
         "HF_HOME": "/proc/nowhere", "SSL_CERT_FILE": "/nowhere", "REQUESTS_CA_BUNDLE": "/nowhere", "HTTP_PROXY": "::",
@@ -25,9 +27,10 @@ ELSE = {"PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error", "PYTHONHASHSEED"
 
 
 def test_what_is_taken_out(monkeypatch):
-    stays = {"ACCELERATE_USE_CPU": "TRUE", "TQDM_DISABLE": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "30", "HF_HOME": "/x",
+    stays = {"ACCELERATE_USE_CPU": "TRUE", "TORCH_DISTRIBUTED_DEBUG": "detail",
+             "TQDM_DISABLE": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "30", "HF_HOME": "/x",
              "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
-    monkeypatch.setattr(os, "environ", LEFT | stays | {"HF_HUB_ETAG_TIMEOUT": "x"})
+    monkeypatch.setattr(os, "environ", LEFT | {"TORCH_LOGS": "+dynamo"} | stays | {"HF_HUB_ETAG_TIMEOUT": "x"})
     settle()
     assert os.environ == stays
 
@@ -84,6 +87,7 @@ def said(address):
     {"ALL_PROXY": "socks5://127.0.0.1:1080"}, {"http_proxy": "http://127.0.0.1:1"}, {"HTTP_PROXY": "gopher://u:p@x"},
     {"https_proxy": "::::"}, {"NO_PROXY": "[::1,*,:"}, {"SSL_CERT_FILE": "/nowhere"}, {"SSL_CERT_DIR": "/nowhere"},
     {"REQUESTS_CA_BUNDLE": "/nowhere"}, {"OPENAI_BASE_URL": "http://127.0.0.1:1"}, {"OPENAI_LOG": "loud"},
+    {"OPENAI_CUSTOM_HEADERS": "X-A: b c \n X-B : d\n"},
     {"OPENAI_ORG_ID": "org"}, {"OPENAI_CUSTOM_HEADERS": "none"}, {"OPENAI_ADMIN_KEY": "key"}])
 def test_a_server_on_this_machine_is_reached(variables, values):
     server = Server()
@@ -109,6 +113,10 @@ def test_a_server_elsewhere_is_reached_by_the_proxy(variables):
 @pytest.mark.parametrize("values, names", [
     ({"ALL_PROXY": "socks5://u:pass-word@127.0.0.1:1080"}, "ALL_PROXY"), ({"https_proxy": "::::"}, "https_proxy"),
     ({"HTTP_PROXY": "gopher://u:pass-word@x"}, "HTTP_PROXY"), ({"SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE=/nowhere"),
+    ({"OPENAI_API_KEY": "pass-word "}, "OPENAI_API_KEY"), ({"OPENAI_API_KEY": "  "}, "OPENAI_API_KEY"),
+    ({"OPENAI_ORG_ID": "\torg"}, "OPENAI_ORG_ID"),
+    ({"OPENAI_CUSTOM_HEADERS": "Bad Name: pass-word"}, "OPENAI_CUSTOM_HEADERS"),
+    ({"OPENAI_CUSTOM_HEADERS": "X-A: b\n: pass-word"}, "OPENAI_CUSTOM_HEADERS"),
     ({"OPENAI_API_KEY": "pass-word\n"}, "OPENAI_API_KEY"), ({"OPENAI_PROJECT_ID": "é"}, "OPENAI_PROJECT_ID")])
 def test_a_value_that_the_client_cannot_use_is_named(variables, values, names):
     variables(values)

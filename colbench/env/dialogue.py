@@ -10,11 +10,11 @@ not looked through for these words, and no model sees it again.
 Collection and evaluation both go through `play`.
 """
 from colbench.env.data import FAILED, failed
+from colbench.lm.texts import MARKER
 from colbench.lm.tokens import render
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 
-MARKER = "I WANT TO ANSWER:"
 MAX_TURNS = 10
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 from urllib.parse import unquote, urlsplit
 
-from colbench.lm.texts import NoText, OnlyThoughts, Reply, clean, thinks_first
+from colbench.lm.texts import NoText, OnlyThoughts, Reply, clean, has_tag, thinks_first
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 from colbench.run.settings import hide_password
@@ -17,7 +17,8 @@ from colbench.run.variables import http_client
 # what some servers refuse: the words of the error in which it shows, and what is done about it
 REFUSED = {
     "seed": (r"\bseed\b", "refuses the seed parameter; its samples cannot be repeated"),
-    "system": (r"\broles?\b|\bsystem\b|alternat|template|instruction|jinja|internal server error|^error code: 500$",
+    "system": (r"\broles?\b|\bsystem\b|alternat|template|instruction|jinja|internal server error|"
+               r"(?m:^error code: 500$)",
                "takes no system role; the system text goes in front of the first message"),
 }
 FAILED = r"error|filter|abort|cancel|safety|prohibit|blocklist|recitation|sensitive|refus|fail|time.?out|insufficient"
@@ -73,6 +74,7 @@ class ServerChat:
         self._takes = {}  # name in REFUSED -> whether the server takes it, once that is known
         self._greeted = False  # whether `check` had an answer
         self._thinks_first = False  # whether the server's template opens the thoughts of a reply
+        self._latest = False, False  # of the latest reply: does its first tag close thoughts; is it cut before any tag
         # a server that sends a byte now and then is never silent: this ends it. The client waits for a Retry-After of
         # up to 60 s
         self._patience = (max_retries + 1) * (timeout + 60)
@@ -104,6 +106,10 @@ class ServerChat:
         else:
             known = f"; the server lists {', '.join(listed[:5])}" if listed and self.model not in listed else ""
             raise UserError(f"model {self.model}: {probe}{known}")
+        if length > 1 and self._latest[1]:  # it may have been thoughts; they may be about what the agent must not see
+            self._sample_one([{"role": "user", "content": "Hello"}], 0, 0.0, 4096, None)
+            self._thinks_first |= self._latest[1]
+        self._thinks_first |= self._latest[0]
 
     def sample(self, conversations, seeds, temperature=1.0, max_new_tokens=1024, stop=None):
         """One message per seed for every conversation, all requests in flight at once (at most `concurrency`).
@@ -182,14 +188,14 @@ class ServerChat:
         except (openai.BadRequestError, openai.UnprocessableEntityError, openai.InternalServerError) as error:
             if error.status_code not in (400, 422, 500):
                 raise
-            refusal, words = error, str(error)
+            refusal, words = error, f"{error}\n{error.response.text}"
         for more in ({"seed"}, {"system"}, {"seed", "system"}):
             if more <= used - known and all(self._takes.get(name) is not True and
                                             re.search(REFUSED[name][0], words, re.IGNORECASE) for name in more):
                 try:
                     response = ask(known | more)
                 except (openai.BadRequestError, openai.UnprocessableEntityError, openai.InternalServerError) as error:
-                    refusal, words = error, f"{words}\n{error}"
+                    refusal, words = error, f"{words}\n{error}\n{error.response.text}"
                     continue  # the words may stand in a quoted prompt
                 for name in more:
                     if self._takes.get(name) is not False:
@@ -204,7 +210,9 @@ class ServerChat:
             body = json.loads(response.text)
             choice = body["choices"][0]
             message, reason = choice["message"], choice.get("finish_reason")
-            content, beside, refusal = message.get("content"), "", message.get("refusal")
+            content, beside = message.get("content"), ""
+            refusal = [one["refusal"] for one in (message, *(content if isinstance(content, list) else ()))
+                       if isinstance(one, dict) and one.get("refusal")]
         except (ValueError, AttributeError, IndexError, KeyError, TypeError):
             page = response.text.lstrip()[:1] in ("<", "")
             raise ValueError("the answer is no chat completion; is this the address of an OpenAI-compatible API?"
@@ -212,14 +220,16 @@ class ServerChat:
         for name in ("reasoning_content", "reasoning", "thinking", "thoughts", "reasoning_details"):
             beside = beside or "\n\n".join(filter(None, _parts(message.get(name))))
         text, thoughts = _parts(content)
-        self._thinks_first |= thinks_first(text)
+        first = thinks_first(text)
+        self._latest = first, reason == "length" and not beside and bool(text.strip()) and not has_tag(text)
+        self._thinks_first |= thinks_first(text, alone=True)
         # cut in thoughts that the prompt had opened, it has no tag
-        text, inside = clean(text, opened=self._thinks_first and reason == "length")
+        text, inside = clean(text, opened=self._thinks_first and (first or reason == "length"))
         thoughts = "\n\n".join(filter(None, (beside, thoughts, inside)))
         if re.search(FAILED, str(reason), re.IGNORECASE):
             raise NoText(f"a reply that broke off (finish reason: {reason})")
         if not text and refusal:
-            raise NoText(f"the model refuses: {refusal}")
+            raise NoText(f"the model refuses: {refusal[0]}")
         if not text and thoughts:
             raise OnlyThoughts(f"a reply without text, all of it thoughts (finish reason: {reason})")
         if not text:
@@ -231,8 +241,11 @@ class ServerChat:
     def _words(self, error):
         """The error in one line, with the address and without key, password or query."""
         text = " ".join(str(error).split()) or type(error).__name__
-        if found := _error_in(getattr(error, "response", None)):
+        response = getattr(error, "response", None)
+        if found := _error_in(response):
             text = f"error {found[1]}: {found[0]}"
+        elif response is not None and (words := re.sub(r"<[^<>]*>", " ", response.text[:2000]).split()):
+            text = f"error {response.status_code}: {' '.join(words)[:150]}"
         if isinstance(error.__cause__, Exception) and str(error) in ("Connection error.", "Request timed out."):
             text = f"{text} ({type(error.__cause__).__name__})"
         for secret in self._secrets:
@@ -291,9 +304,12 @@ def _error_in(response):
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         return None
     if not choice and not error and "data" not in body:  # no completion, and no list of models
-        error = body if body.keys() & {"message", "detail", "errors", "msg", "base_resp"} else None
+        names = {"message", "detail", "errors", "msg", "base_resp", "error_msg", "error_code"}
+        error = body if body.keys() & names else None
     if not error or says:
         return None
+    if not isinstance(error, (str, dict, list)):  # {"error": true, "message": ...}
+        error = body.get("message") or body
     words = " ".join((error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)).split())
     if response.status_code != 200:
         return words, response.status_code
@@ -301,7 +317,8 @@ def _error_in(response):
         for name in ("code", "status", "status_code", "http_code") if isinstance(place, dict) else ():
             if re.fullmatch("[45][0-9][0-9]", str(place.get(name))):
                 return words, int(place[name])
-    for status, pattern in ((429, "rate.?limit|too many|overload|exhausted|quota"), (401, "api.?key|authenti|authori"),
+    for status, pattern in ((429, "rate.?limit|too many|overload|exhausted|quota|limit reached"),
+                            (401, "api.?key|authenti|authori"),
                             (503, "time.?out|timed out|unavailable|upstream|gateway|internal|server.?error")):
         if re.search(pattern, words, re.IGNORECASE):
             return words, status

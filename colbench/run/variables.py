@@ -13,7 +13,7 @@ from colbench.run.errors import UserError
 
 TRUTH = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
 # which processes there are (RANK, WORLD_SIZE, MASTER_ADDR, ...) stays as a launcher says
-LAUNCHERS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TQDM_")
+LAUNCHERS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TQDM_", "TORCH_LOGS")
 STAY = {"ACCELERATE_USE_CPU", "TQDM_DISABLE"}
 
 
@@ -22,6 +22,8 @@ def settle() -> None:
     for name, value in [*os.environ.items()]:
         if name in STAY:
             harm = value.lower() not in TRUTH
+        elif name == "TORCH_DISTRIBUTED_DEBUG":
+            harm = value.upper() not in ("OFF", "INFO", "DETAIL")
         elif name.startswith("HF_") and name.endswith("_TIMEOUT"):
             harm = not value.isdecimal()
         else:
@@ -38,9 +40,15 @@ def http_client(address, **settings):
     """
     import openai
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
-        value = os.environ.get(name, "").replace("\n", "" if name == "OPENAI_CUSTOM_HEADERS" else "\n")
-        if not (value.isascii() and value.isprintable()):
-            raise UserError(f"{name}: holds a character that no HTTP header can have, such as a line's end")
+        value = os.environ.get(name, "")
+        lines = value.split("\n") if name == "OPENAI_CUSTOM_HEADERS" else [f"{name}:{value}"]
+        for header, _, content in (line.partition(":") for line in lines if ":" in line):
+            if not (content.isascii() and content.isprintable()):
+                raise UserError(f"{name}: holds a character that no HTTP header can have, such as a line's end")
+            if name != "OPENAI_CUSTOM_HEADERS" and content != content.strip():
+                raise UserError(f"{name}: has a blank at its beginning or end; take it out")
+            if not re.fullmatch(r"[-!#$%&'*+.^`|~\w]+", header.strip(), re.ASCII):
+                raise UserError(f"{name}: one of its headers has a name that no HTTP header can have")
     host = address.hostname
     here = host.endswith("localhost") or re.fullmatch(r"127\.[0-9.]+|0\.0\.0\.0|::1", host)
     file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
