@@ -405,8 +405,8 @@ def test_hanging_answer_takes_at_most_11_seconds(scorer, name):
 
 
 @pytest.mark.parametrize("first, last, times", [
-    ("", "", 1), ("import time\n", "\nif __name__ == '__main__':\n    f(9)", 1), ("", "\nprint(f(0))", 1),
-    ("def g(x):\n    return x\n", "", 1), ("", "\ndef g(x):\n    return f(x)", 2)])
+    ("", "", 1), ("import time\n", "\nif __name__ == '__main__':\n    f(9)", 1), ("'doubles'\nk = [2, 'a']\n", "", 1),
+    ("", "\nprint(f(0))", 2), ("", "\ndef g(x):\n    return f(x)", 2)])
 def test_slow_answer_runs_once(scorer, first, last, times):
     """Where both modes run the same program; twice where a function may look for a name that one mode does not find."""
     code = f"{first}def f(x):\n    import time\n    time.sleep(0.1 if x else 0)\n    return x + 1{last}"
@@ -415,6 +415,14 @@ def test_slow_answer_runs_once(scorer, first, last, times):
     seconds = time.monotonic() - start - sandbox.SLOW_S
     assert outcomes["official"] == outcomes["fixed"] == [("value", str(k + 1).encode()) for k in range(1, 11)]
     assert times < seconds < times + 0.9
+
+
+def test_slow_answer_forges_no_official_result(scorer):
+    """What an answer that runs says of itself, by its socket, does not count for the mode in which it would not run."""
+    forge = ("import time\ntime.sleep(0.3)\n1/0\ndef f(x):\n    import posix, struct\n    b = str(x * 2).encode()\n"
+             "    posix.write(3, struct.pack('=I', len(b)) + b'V' + b)\n    while True: pass")
+    task = {"ground_truth": "def f(x):\n    return x * 2", "test_cases": {"a": "f(1)"}}
+    assert scorer.score(task, forge)["official"]["passed"] == 0
 
 
 def test_what_time_is_left_goes_first_to_calls_that_end(scorer):

@@ -151,6 +151,18 @@ LEGITIMATE = {
     "generator inside": "def f(x):\n    def g():\n        yield x\n        yield x\n    return sum(g())",
     "comprehensions": "k = [1, 1]\ndef f(x):\n    return sum(x for _ in k)",
     "comprehension at the top": "xs = [1, 1]\nys = [x + len(xs) - 1 for x in xs]\ndef f(x):\n    return x * ys[0]",
+    "decorated without a body, behind": "def d(g):\n    return lambda x: x * 2\ndef f(x):\n    return 0\n@d\n"
+                                        "def f(x): ...",
+    "class of another without a body, behind":
+        "class A:\n    k = 2\nclass B:\n    k = 3\nclass B(A): pass\ndef f(x):\n    return x * B.k",
+    "import that fails, then without a body":
+        "from no_such_module import g\ndef g(x): pass\ndef f(x):\n    return x * 2 if g(x) is None else 0",
+    "overload behind": GOOD + "\nfrom typing import overload\n@overload\ndef f(x: int) -> int: ...",
+    "prose, decorated": "It's here.\n\ndef d(g):\n    return lambda x: g(x) * 2\n\n@d\ndef f(x):\n    return x\n\n"
+                        "That's it!",
+    "prose, a constant first": "It's here:\n\nTWO = 2\n\ndef f(x):\n    return x * TWO\n\nThat's it!",
+    "prose, what a module keeps": "It's here.\n\nn = []\ndef add():\n    n.append(1)\nadd()\ndef f(x):\n"
+                                  "    return x * 2 * len(n)\n\nThat's it!",
     "match":
         "def f(x):\n    match x:\n        case 0:\n            return 0\n        case _:\n"
         "            return x * 2",
@@ -250,6 +262,18 @@ EQUAL = [  # (reference, answer, verdict), both expressions for the body of f()
     ("True", "__import__('numpy').bool_(True)", "passed"), ("'a'", "__import__('numpy').str_('a')", "passed"),
     ("__import__('numpy').array(5)", "5", "passed"),
     ("__import__('numpy').datetime64('2024-01-02')", "__import__('datetime').date(2024, 1, 2)", "passed"),
+    ("'a'", "__import__('enum').Enum('K', {'A': 'a'}, type=str).A", "passed"),
+    ("'K.A'", "__import__('enum').Enum('K', {'A': 'a'}, type=str).A", "wrong"),
+    ("'x'", "type('S', (str,), {'__str__': lambda self: 'x'})('a')", "wrong"),
+    ("__import__('types').MappingProxyType(__import__('collections').OrderedDict(a=1, b=2))",
+     "__import__('collections').OrderedDict(b=2, a=1)", "wrong"),
+    ("__import__('types').MappingProxyType(__import__('collections').Counter(a=1, b=0))",
+     "__import__('collections').Counter(a=1)", "passed"),
+    ("b'ac'", "memoryview(b'abcd')[::2]", "passed"), ("b'da'", "memoryview(b'abcd')[::-3]", "passed"),
+    ("b'a'", "memoryview(b'a').cast('c')", "refused"),
+    ("b'\\1\\0'", "memoryview(__import__('array').array('h', [1]))", "refused"),
+    ("__import__('collections').Counter(a=__import__('numpy').int64(1), b=__import__('numpy').int8(0))",
+     "__import__('collections').Counter(a=1)", "passed"),
 ]
 
 
@@ -318,7 +342,8 @@ def test_equal_is_what_python_calls_equal(array, more):
     assert wrong == [] and len(both) > 80
 
 
-@pytest.mark.parametrize("kind", ["[v]", "(v, 1)", "{'a': v}", "frozenset([v])", "{(1, 2): [v]}"])
+@pytest.mark.parametrize("kind", ["[v]", "(v, 1)", "{'a': v}", "frozenset([v])", "{(1, 2): [v]}",
+                                  "__import__('collections').deque([v])"])
 def test_nested_results(scorer, kind):
     """As deep as Python compares; deeper ones are no result, and the scorer goes on."""
     code = "def f(depth, last):\n    v = last\n    for _ in range(depth):\n        v = " + kind + "\n    return v"
@@ -558,6 +583,26 @@ ANSWERS.update({f"modes differ: {name}": code for name, code in {  # or do not, 
     "alarm caught": "def f(x):\n    try:\n        while x == -3: pass\n    except Exception: pass\n    return x * 2",
     "alarm caught by with": "def f(x):\n    from contextlib import suppress\n    with suppress(Exception):\n"
                             "        while x == -3: pass\n    return x * 2",
+    "frame of a generator": "def two():\n    return 2\ndef f(x):\n"
+                            "    return x * (0 for _ in ()).gi_frame.f_globals['two']()",
+    "attribute by a text": "def two():\n    return 2\ndef f(x):\n"
+                           "    return x * getattr(lambda: 0, '__glo' 'bals__')['two']()",
+    "attribute by a format": "def f(x):\n    g = (0 for _ in ())\n"
+                             "    return x * 2 if 'two' in '{0.gi_frame.f_globals}'.format(g) else 0\ntwo = 2",
+    "attribute by a match": "def two():\n    return 2\ndef f(x):\n    match lambda: 0:\n"
+                            "        case object(__globals__=names):\n            return x * names['two']()",
+    "else of main": "if __name__ == '__main__':\n    pass\nelse:\n    n = 2 if __name__ == 'answer' else 0\n"
+                    "def f(x, n=n):\n    return x * n",
+    "annotation": "k = 2\ndef f(x: [k for _ in (1,)]):\n    return x * 2",
+    "annotation of the evaluator's": "def f(x: test_case):\n    return x * 2",
+    "import of what a module lacks": "from math import no_such\ndef f(x):\n    return x * 2",
+    "random numbers of a module": "def f(x):\n    import statistics as s\n"
+                                  "    return x * 2 if s.random.random() == 0.8444218515250481 else 0",
+    "an example behind sets a state": f"{TICKS}python\ndef f(x):\n    import math\n    return x * math.kept\n{TICKS}\n"
+                                      f"{TICKS}python\nsetattr(__import__('math'), 'kept', 2)\n{TICKS}",
+    "an example behind fills a default":
+        f"{TICKS}python\ndef f(x, seen=[]):\n    seen.append(x)\n    return x * 2 if len(seen) == 1 else 0\n{TICKS}\n"
+        f"{TICKS}python\nprint(f(7))\n{TICKS}",
     "a stray word": f"python\n{GOOD}", "a stub behind": f"{GOOD}\ndef f(x): ...",
 }.items()})
 PAIRS = [(REFERENCES["plain"], answer) for answer in ANSWERS.values()]

@@ -70,18 +70,19 @@ PRELOAD = """_strptime abc base64 bisect calendar cmath collections.abc copy csv
 KINDS = [
     ("int", int, lambda v: int.__format__(v, "x"), lambda p: int(p, 16)),
     ("float", float, float.hex, float.fromhex),
-    ("str", (str, UserString), lambda v: str.encode(str(v), "utf-8", "surrogatepass").hex(),
+    ("str", (str, UserString),
+     lambda v: str.encode(v if isinstance(v, str) else v.data, "utf-8", "surrogatepass").hex(),
      lambda p: bytes.fromhex(p).decode("utf-8", "surrogatepass")),
     ("list", list, list.__iter__, list), ("list", UserList, iter, list), ("tuple", tuple, tuple.__iter__, tuple),
     ("Counter", Counter, lambda v: _flat(dict.items(v)), lambda p: _counter(_dict(p))),
     ("OrderedDict", OrderedDict, lambda v: _flat(OrderedDict.items(v)), lambda p: OrderedDict(_dict(p))),
     ("dict", dict, lambda v: _flat(dict.items(v)), lambda p: _dict(p)),
-    ("dict", (UserDict, ChainMap, types.MappingProxyType), lambda v: _flat(v.items()), lambda p: _dict(p)),
+    ("dict", (UserDict, ChainMap), lambda v: _flat(v.items()), lambda p: _dict(p)),
     ("keys", type({}.keys()), iter, lambda p: dict.fromkeys(p).keys()),
     ("items", type({}.items()), lambda v: _flat(v), lambda p: _dict(p).items()),
     ("set", set, set.__iter__, set), ("frozenset", frozenset, frozenset.__iter__, frozenset),
-    ("deque", deque, deque.__iter__, deque),
-    ("bytes", (bytes, bytearray, memoryview), lambda v: memoryview(v).cast("B").hex(), bytes.fromhex),
+    ("deque", deque, deque.__iter__, lambda p: Deque(p)),
+    ("bytes", (bytes, bytearray, memoryview), lambda v: _bytes(memoryview(v)).hex(), bytes.fromhex),
     ("range", range, lambda v: (v.start, v.stop, v.step), lambda p: range(*p)),
     ("slice", slice, lambda v: (v.start, v.stop, v.step), lambda p: slice(*p)),
     ("complex", complex, lambda v: (v.real, v.imag), lambda p: complex(*p)),
@@ -105,6 +106,30 @@ KINDS = [
 BUILD = {tag: build for tag, _, _, build in KINDS}
 
 
+class Deque(deque):
+    """A deque that compares as a list: deque's own == compares items that differ twice, at each level anew."""
+
+    def __eq__(self, other):
+        if not isinstance(other, deque):
+            return NotImplemented
+        pairs = [(self, other)]
+        for ours, theirs in pairs:  # no call for each level: Python's calls nest less deep than MAX_DEPTH
+            if len(ours) != len(theirs):
+                return False
+            for a, b in zip(ours, theirs):
+                if isinstance(a, deque) and isinstance(b, deque):
+                    pairs.append((a, b))
+                elif not a == b:
+                    return False
+        return True
+
+
+def _bytes(view):
+    if (view.format, view.ndim) != ("B", 1):
+        raise ValueError("no bytes")
+    return view.tobytes()  # of every second byte too
+
+
 def _zone(offset):
     return None if offset is None else datetime.timezone(offset)
 
@@ -119,8 +144,10 @@ def _dict(parts):
 
 def _counter(counts):
     """Counters of Counters would compare in time exponential in their nesting: only of numbers, else a dict."""
-    if not all(isinstance(count, (int, float, Decimal, Fraction)) for count in counts.values()):
-        return counts
+    for count in counts.values():  # numpy's are the classes of `decode`'s `array`, which say it themselves
+        if not (isinstance(count, (int, float, Decimal, Fraction))
+                or getattr(type(count), "is_number", lambda _: False)(count)):
+            return counts
     counter = Counter()
     dict.update(counter, counts)
     return counter
@@ -142,6 +169,8 @@ def encode(value):
                 or type(value) is str and value.isascii():
             program.append(value)
             continue
+        if isinstance(value, types.MappingProxyType):
+            value = value.copy()  # what it wraps: a Counter and an OrderedDict have an == of their own
         room -= 1
         if room < 0 or len(levels) > MAX_DEPTH + 1:
             raise ValueError("too large")
@@ -194,20 +223,21 @@ def decode(data, array):
 FENCE_TO_OWN_LINE = re.compile(r"(?P<fence>```+|~~~+)[^\n`]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)", re.S | re.M)
 FENCE_TO_ANYWHERE = re.compile(r"(?P<fence>```+|~~~+)(?:[\w ]*\n|py\w*[ \t])?(?P<code>.*?)(?:(?P=fence)|\Z)",
                                re.S | re.I)
-CODE_START = re.compile(r"@|(def|class|async|from|import)\b")
+CODE_START = re.compile(r"@|(def|class|async|from|import)\b|[^\W\d]\w* *=(?!=)")
 CODE_BEHIND_WORDS = re.compile(r"^[^\W\d][^\n=#\"]*?[\s:](?=(async +)?def +\w+ *\(|class +\w+ *[(:])", re.M)
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 
 def without_prose(text):
     """Yield code between prose without fences: from each line that starts like code to the first that is none."""
-    lines = text.split("\n")
+    lines, end = text.split("\n"), 0
     for start in [i for i, line in enumerate(lines) if CODE_START.match(line)]:
-        part = lines[start:]
+        part = lines[start:] if start >= end else []  # once is enough
         while part:
             try:
                 ast.parse("\n".join(part))
                 yield "\n".join(part)
+                end = start + len(part)
                 break
             except SyntaxError as error:
                 cut = min(error.lineno or 1, len(part)) - 1
@@ -217,7 +247,10 @@ def without_prose(text):
 
 
 def is_stub(node):
-    """Whether a definition has no body: nothing but a docstring, `...`, pass, a return of None, NotImplementedError."""
+    """Whether a definition has no body: nothing but a docstring, `...`, pass, a return of None, NotImplementedError.
+
+    A class with bases has theirs, and a decorator may give one (dataclass), but for overload and abstractmethod.
+    """
     def empty(statement):
         value = getattr(statement, "value", None)
         if isinstance(statement, ast.Raise):
@@ -227,18 +260,19 @@ def is_stub(node):
             return value is None or isinstance(value, ast.Constant) and value.value in (None, ...)
         return isinstance(statement, ast.Pass) or isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) \
             or is_stub(statement)
-    return isinstance(node, DEFINITIONS) and all(map(empty, node.body))
+    if not isinstance(node, DEFINITIONS) or getattr(node, "bases", []):
+        return False
+    marks = [getattr(mark, "attr", getattr(mark, "id", "")) for mark in node.decorator_list]
+    return (not marks or "overload" in marks or "abstractmethod" in marks) and all(map(empty, node.body))
 
 
 def names_bound(statement):
-    """The names that a statement of a module binds there; a stub binds none."""
+    """The names that a statement of a module defines there; a stub and an import define none."""
     names, nodes = set(), [statement]
     while nodes:
         node = nodes.pop()
         if isinstance(node, DEFINITIONS):
             names |= set() if is_stub(node) else {node.name}
-        elif isinstance(node, ast.alias):
-            names.add((node.asname or node.name).split(".")[0])
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
         elif not isinstance(node, ast.Lambda):
@@ -425,7 +459,7 @@ def fixed_mode(text, calls):
     """A function from a call to its value: each in a fresh module, with the same random numbers every time.
 
     A statement that raises (a stray word, an example, input(), SystemExit) or that is none (return in a module) costs
-    itself alone: the call decides. The function's `raised`: the numbers of those that did in its last call.
+    itself alone: the call decides.
     """
     statements, codes = code_of(text, called_name(calls[0])), []
     features = [alias.name for node in statements if isinstance(node, ast.ImportFrom) and node.module == "__future__"
@@ -435,18 +469,17 @@ def fixed_mode(text, calls):
         try:
             codes.append(compile(ast.Module([statement], []), "<answer>", "exec", flags, dont_inherit=True))
         except Exception:
-            codes.append("raise SyntaxError")  # so that it keeps its number
+            pass
     import_named(statements)
 
     def run(call):
         module = sys.modules["answer"] = types.ModuleType("answer")
         seed_random(0)
-        run.raised = []
-        for number, code in enumerate(codes):
+        for code in codes:
             try:
                 exec(code, module.__dict__)
             except BaseException:  # see above
-                run.raised.append(number)
+                pass
         return eval(call.strip(), module.__dict__)
 
     return run
@@ -483,42 +516,107 @@ def official_mode(text, alarm):
     return run
 
 
-# by a word of these, or one that begins with __, code may see in which mode it runs
-MODE_SHOWS = {"*", "signal", "multiprocessing", "Empty", "function_definition", "test_case", "globals", "locals",
-              "vars", "dir", "eval", "exec", "compile", "importlib", "inspect", "sys", "builtins", "gc", "random",
-              "secrets"}
+# What code may use where the official mode takes the fixed one's outcomes, and so must not see in which it runs
+PLAIN_MODULES = {module: names.split() for module, names in {  # "": every public name
+    "math": "", "itertools": "", "heapq": "", "bisect": "", "datetime": "date datetime time timedelta timezone",
+    "time": "time sleep perf_counter monotonic strftime strptime gmtime localtime mktime",
+    "re": "compile match fullmatch search sub subn split findall finditer escape I IGNORECASE M MULTILINE S DOTALL X",
+    "functools": "reduce partial cmp_to_key", "collections": "deque Counter defaultdict OrderedDict ChainMap",
+    "string": "ascii_letters ascii_lowercase ascii_uppercase digits hexdigits punctuation whitespace printable",
+    "json": "dumps loads", "decimal": "Decimal ROUND_HALF_UP ROUND_HALF_EVEN ROUND_DOWN ROUND_UP ROUND_FLOOR",
+    "fractions": "Fraction", "statistics": "mean fmean median mode stdev pstdev variance pvariance",
+    "typing": "Any Callable Dict Iterable List Optional Sequence Set Tuple Union"}.items()}
+PLAIN_BUILTINS = {name for name, value in vars(builtins).items()
+                  if isinstance(value, type) and issubclass(value, BaseException)} | set(
+    """abs all any ascii bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format
+    frozenset hex int isinstance issubclass iter len list map max min next oct ord pow print range repr reversed round
+    set slice sorted str sum tuple zip""".split())
+ODD_ATTRIBUTE = re.compile("_|f_|co_|gi_|cr_|ag_|tb_|format|mro$")  # to frames, and by a text to any attribute
+LITERAL = ast.Constant, ast.Tuple, ast.List, ast.Load
+ANNOTATION = (*LITERAL, ast.Name, ast.Attribute, ast.Subscript, ast.BinOp, ast.BitOr)
 IF_MAIN = ast.dump(ast.parse("__name__ == '__main__'", mode="eval").body)
 CATCHING = ast.Try, ast.With, ast.AsyncWith, getattr(ast, "TryStar", ast.Try)  # TryStar: Python 3.11
 
 
 def alike(texts, calls):
     """What an answer's calls give in the official mode as they do in the fixed one: "all", "values" (all but what times
-    out) or "" (nothing); and how many statements of the module must not raise for that.
+    out) or "" (nothing). Looks at the code alone; none of it has run.
 
-    That is so if both modes take the same code, but for examples behind it, and nothing in it can tell them apart: no
-    function, class or comprehension looks for a name of the module, which the official mode does not find. Where the
-    alarm could be caught, a call may time out in the fixed mode alone.
+    That is so for one function and nothing else that does anything, which uses its arguments, PLAIN_BUILTINS and what
+    it imports of PLAIN_MODULES. Where the alarm could be caught, a call may time out in the fixed mode alone.
     """
-    ours, theirs = code_of(texts["fixed"], called_name(calls[0])), ast.parse(texts["official"]).body
-    examples = ours[len(theirs):]
-    if [*map(ast.dump, ours[:len(theirs)])] != [*map(ast.dump, theirs)] \
-            or not all(isinstance(statement, (ast.Expr, ast.Assert)) for statement in examples):
-        return "", 0
+    def made_of(kinds, *parts):
+        return all(isinstance(node, kinds) for part in parts if part for node in ast.walk(part))
+
+    both = code_of(texts["fixed"], called_name(calls[0])), ast.parse(texts["official"]).body
+    ours, theirs = [[statement for statement in code if not (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        or isinstance(statement, ast.If) and ast.dump(statement.test) == IF_MAIN and not statement.orelse)]
+        for code in both]
+    if [*map(ast.dump, ours)] != [*map(ast.dump, theirs)]:
+        return ""
     module = symtable.symtable(texts["official"], "", "exec")
     bound = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    tables = [module, *[symtable.symtable(call.strip(), "", "eval") for call in calls]]
-    inner = [child for table in tables for child in table.get_children()]
+    functions = [statement for statement in theirs if isinstance(statement, ast.FunctionDef)]
+    for statement in theirs:
+        if isinstance(statement, ast.FunctionDef):
+            args = statement.args
+            arguments = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+            annotations = [statement.returns, *[argument.annotation for argument in arguments if argument]]
+            names = {node.id for part in annotations if part for node in ast.walk(part) if isinstance(node, ast.Name)}
+            good = not statement.decorator_list and not getattr(statement, "type_params", []) \
+                and made_of(LITERAL, *args.defaults, *args.kw_defaults) \
+                and made_of(ANNOTATION, *annotations) and names <= PLAIN_BUILTINS | bound
+        elif isinstance(statement, ast.Assign):
+            good = made_of(LITERAL, statement.value) and all(isinstance(to, ast.Name) for to in statement.targets)
+        else:
+            good = isinstance(statement, (ast.Import, ast.ImportFrom))
+        if not good:
+            return ""
+    if len(functions) != 1 or any(called_name(call) != functions[0].name for call in calls):
+        return ""
+    inner = [child for table in [module, *[symtable.symtable(call.strip(), "", "eval") for call in calls]]
+             for child in table.get_children()]
     for table in inner:
         inner += table.get_children()
     looked_up = {symbol.get_name() for table in inner for symbol in table.get_symbols() if symbol.is_global()}
-    nodes = [node for statement in theirs if not (isinstance(statement, ast.If) and ast.dump(statement.test) == IF_MAIN)
-             for node in ast.walk(statement)]
-    words = {word for node in nodes for field in ("id", "attr", "name", "module")
-             for word in str(getattr(node, field, "")).split(".")}
-    if bound & looked_up or words & MODE_SHOWS or any(isinstance(node, ast.Global) for node in nodes) \
-            or any(word.startswith("__") and word != "__init__" for word in words):
-        return "", 0
-    return "values" if examples or any(isinstance(node, CATCHING) for node in nodes) else "all", len(theirs)
+    if looked_up - PLAIN_BUILTINS or looked_up & bound:  # the official mode does not find a module's names there
+        return ""
+    nodes = [node for statement in theirs for node in ast.walk(statement)]
+    return "" if not all_plain(nodes) else \
+        "values" if any(isinstance(node, CATCHING) for node in nodes) else "all"
+
+
+def all_plain(nodes):
+    """Whether code, as its nodes, keeps to PLAIN_MODULES and to attributes that lead nowhere else."""
+    def plain(module, name):
+        return module in PLAIN_MODULES and not name.startswith("_") and name in (PLAIN_MODULES[module] or [name]) \
+            and hasattr(importlib.import_module(module), name)
+
+    names = [(alias.asname or alias.name, alias.name) for node in nodes if isinstance(node, ast.Import)
+             for alias in node.names]
+    modules, reached = dict(names), set()
+    if len(modules) < len(set(names)) or set(modules.values()) - PLAIN_MODULES.keys():
+        return False
+    for node in nodes:
+        texts = [text for _, value in ast.iter_fields(node) for text in (value if type(value) is list else [value])]
+        if any("__" in str(text) for text in texts if isinstance(text, (str, bytes))):
+            return False
+        if isinstance(node, (ast.ClassDef, ast.Global, getattr(ast, "MatchClass", ast.Global))):
+            return False
+        if isinstance(node, ast.ImportFrom) and (
+                node.level or not all(plain(node.module, alias.name) for alias in node.names)):
+            return False
+        if isinstance(node, ast.Attribute):
+            of_module = modules.get(getattr(node.value, "id", None))
+            formats = node.attr == "format" and isinstance(node.value, ast.Constant) \
+                and "_" not in str(node.value.value)
+            if not isinstance(node.ctx, ast.Load) or ODD_ATTRIBUTE.match(node.attr) and not formats \
+                    or of_module and not plain(of_module, node.attr):
+                return False
+            reached.add(node.value)
+    return all(isinstance(node, ast.Name) and node in reached or getattr(node, "id", None) not in modules
+               for node in nodes)
 
 
 def child(fd, zygote, abi, filters):
@@ -529,19 +627,18 @@ def child(fd, zygote, abi, filters):
         layers = jail_child(zygote, abi, filters[0])
         size, = struct.unpack("=I", link.recv(4, socket.MSG_WAITALL))
         request = json.loads(link.recv(size, socket.MSG_WAITALL))
-        runs = {}
+        runs, same = {}, ""
+        if request["compare"]:
+            try:
+                same = alike(request["texts"], [call for _, call in request["calls"]])
+            except Exception:  # one of them is no Python
+                pass
         for mode, text in request["texts"].items():
             try:
                 calls = [call for its_mode, call in request["calls"] if its_mode == mode]
                 runs[mode] = fixed_mode(text, calls) if mode == "fixed" else official_mode(text, request["alarm"])
             except Exception as error:  # no Python, or too deep: each call raises that
                 runs[mode] = error
-        same, n = "", 0
-        if request["compare"]:
-            try:
-                same, n = alike(request["texts"], [call for _, call in request["calls"]])
-            except Exception:  # one of them is no Python
-                pass
         if layers == ["seccomp"]:
             seccomp(filters[1])
         send_frame(link, b"+", f"{' '.join(layers)};{same}".encode())
@@ -559,8 +656,6 @@ def child(fd, zygote, abi, filters):
                 kind, body = b"E", type(error).__name__.encode("utf-8", "replace")
             if len(body) > MAX_RESULT:
                 kind, body = b"R", b""
-            if min(getattr(runs[mode], "raised", []), default=n) < n:
-                kind = kind.lower()  # there the official mode ends before the call
             send_frame(link, kind, body)
     finally:
         os._exit(0)
@@ -722,8 +817,7 @@ class Zygote:
                     kind, body = receive_frame(mine, min(limit, patience) if official else limit)
                 finally:
                     patience -= (time.monotonic() - start) * official
-                got.append(({b"V": "value", b"E": "raised"}.get(kind.upper(), "refused"), body,
-                            bool(same) and kind.isupper()))
+                got.append(({b"V": "value", b"E": "raised"}.get(kind, "refused"), body, bool(same)))
             return got, patience
         except TimeoutError:
             if begun and patience <= 0 and request["calls"][len(got)][0] == "official":

@@ -20,19 +20,22 @@ second. A definition without a body (docstring, `...`, pass, return None, NotImp
 has a body.
 
 Time: a call has 1 s in each mode, an answer ANSWER_ALL_S for all; calls that it does not get to are timed out. Answers
-that are slow run the fixed mode first; official then takes its outcomes if both modes run the same program, else it has
-the time that is left. So where most calls hang, those that would pass in official alone (code that catches the alarm, a
-slow first fence) may be lost, and in fixed mode the last ones of an answer that also imports much, anew after each call
-that hung. References have REFERENCE_S and REFERENCE_ALL_S in the same way.
+that are slow run the fixed mode first; official then takes its outcomes if the code is one plain function in one piece,
+which cannot tell the modes apart (`sandbox.alike`), else it has the time that is left. So where most calls are slow or
+hang, those that would pass in official alone (code with helpers or examples or that catches the alarm, a slow first
+fence) may be lost, and in fixed mode the last ones of an answer that also imports much, anew after each call that hung.
+References have REFERENCE_S and REFERENCE_ALL_S in the same way.
 
 In both modes a call passes when the results are equal by Python's ==; a reference that gives None, raises or is no
 plain data never counts. Equal there, but not here:
   - a result that is no plain data (`sandbox.KINDS` and numpy's types): objects of own classes, functions, classes other
-    than the built-in ones, modules, compiled patterns, array.array, IP addresses, numpy's longdouble
+    than the built-in ones, modules, compiled patterns, array.array and memoryviews of other than bytes, IP addresses,
+    numpy's longdouble
   - one of more than 1 MB, 100,000 values or 900 levels, or of more than four times the reference's bytes and 4 kB
   - a NaN in a container, where Python finds the same object (math.nan) on both sides
   - numpy's times in units that Python's types lack (nanoseconds), and timedelta64 and an int
-  - times in one zone that differ in `fold` alone: zones are their offsets
+  - times with a zone are their offsets from UTC: those in one zone that differ in `fold` alone, or of which one stands
+    in the hour that the zone skips or has twice
   - Counters with a count that is no number: they compare as dicts
 In fixed mode numpy arrays compare as nested lists, so that equal arrays and lists pass, and a numpy number is not equal
 to a list of one.
@@ -81,6 +84,9 @@ class Number:
         import numpy  # here and below, as the scorer runs without it too
         self.value, self.numpy = value, numpy.dtype(dtype).type(value)
 
+    def is_number(self):
+        return True
+
     def __eq__(self, other):
         import numpy
         if not isinstance(other, (int, float, complex, Number)):
@@ -105,6 +111,9 @@ class OfficialArray:
 
     def __init__(self, shape, flat, dtype):
         self.flat = [number(dtype, flat[0])] if len(flat) == 1 else flat
+
+    def is_number(self):
+        return all(isinstance(item, (int, float, Number)) for item in self.flat)
 
     def __eq__(self, other):
         flat = other.flat if isinstance(other, OfficialArray) else [other]
@@ -159,6 +168,7 @@ class ShortRepr(reprlib.Repr):
 
     repr_dict_keys = repr_dict_items = repr_set
     repr_OrderedDict = repr_Counter = reprlib.Repr.repr_dict
+    repr_Deque = reprlib.Repr.repr_deque
 
 
 def short_text(outcome):
