@@ -264,6 +264,7 @@ def test_pixel_measure_by_hand(tmp_path):
     assert Pixels().name == "pixel similarity"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_pixel_measure_puts_edits_in_order(tmp_path):
     with Renderer(tmp_path) as renderer:

@@ -46,7 +46,10 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
+QUICK = ("llama", "gemma2", "mistral", "qwen3-moe", "gpt2", "cohere")  # the others are tried among the slow tests
+
+
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def model(request, monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[request.param]()).eval()
@@ -252,7 +255,8 @@ def test_what_a_text_never_passes_through_is_not_trained(family, rank):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "opt", "phi", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", *(pytest.param(name, marks=pytest.mark.slow)
+                                                         for name in ("opt", "phi"))])
 def test_no_noise_while_training(family, checkpointing):
     """Dropout (of modules, attention and whole layers) and a router's jitter: policy and reference are equal at step 0,
     and the gradient is that of the model as it samples. Gradient checkpointing works: layers are computed twice."""
@@ -327,9 +331,9 @@ def test_a_folder_with_layers_that_carry_a_state_ends_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("script, family, flags", [
     ("train_critic.py", "llama", ["--critic", "regression", "--lora-rank", 0]),  # its untied head has no gradient
-    ("train_critic.py", "gpt2", ["--critic", "value", "--lora-rank", 0]),
-    ("train_critic.py", "gemma3", ["--epochs", 1]), ("train_policy.py", "gemma3", ["--gap", 0]),
-    ("train_policy.py", "gpt2", ["--algorithm", "rft"])])
+    ("train_policy.py", "gemma3", ["--gap", 0]), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+        ("train_critic.py", "gpt2", ["--critic", "value", "--lora-rank", 0]),
+        ("train_critic.py", "gemma3", ["--epochs", 1]), ("train_policy.py", "gpt2", ["--algorithm", "rft"])))])
 def test_the_training_scripts_with_other_models(tmp_path, script, family, flags):
     tokenizer = load_tokenizer("tiny")
     shape = dict(vocab_size=len(tokenizer), tie_word_embeddings=False)

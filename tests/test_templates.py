@@ -258,7 +258,8 @@ def with_blanks(kind, family):
 
 
 @pytest.mark.parametrize("family", OTHERS)
-@pytest.mark.parametrize("kind", ["byte", "legacy", "first", "always", "never"])
+@pytest.mark.parametrize("kind", ["legacy", "first", *(pytest.param(kind, marks=pytest.mark.slow)
+                                                      for kind in ("byte", "always", "never"))])
 def test_blanks_around_messages_and_in_front_of_texts(kind, family):
     tokenizer = with_blanks(kind, family)
     check_template(tokenizer)

@@ -35,6 +35,7 @@ def test_what_is_taken_out(monkeypatch):
     assert os.environ == stays
 
 
+@pytest.mark.slow
 def test_variables_of_a_profile_change_no_step(tmp_path):
     """A whole training among all of them, beside one without."""
     rows = [{"id": f"t{k}", "sample": 0, "turn": 1, "candidates": ["a?", "b?"], "advantages": [1.0, -1.0],
