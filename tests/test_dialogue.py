@@ -195,6 +195,7 @@ def test_failures_are_told_and_nothing_but_failures_is_an_error():
         failures(batch("---"))
 
 
+@pytest.mark.slow
 def test_the_scripts_tell_why_dialogues_fail(tmp_path):
     """On a server that refuses some of them, then all: one line, exit code 2, and the same command goes on."""
     refused = {"names": ["bad"]}

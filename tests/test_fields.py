@@ -131,7 +131,8 @@ FILES = ("tasks", "tasks of pages", "trajectories", "preferences", "episodes", "
          "critic_log")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("trajectories", "episodes")))
+                                  for name in FILES])
 def test_any_value_in_any_field_works_or_is_told(readers, tmp_path, name):
     """Every value of a good line becomes one of VALUES in turn. Whatever reads the file works, or tells file, line and
     field; null is read as a missing field is."""
@@ -200,6 +201,7 @@ def write(path, rows):
     return path
 
 
+@pytest.mark.slow
 def test_lines_of_a_table_library_are_those_without_the_nulls(tmp_path):
     """Whole numbers become floats there, and every field that one line has is null in the others."""
     plain = [{"task": TASK, "dialogue_history": DIALOGUE[:2], "sample": 0},

@@ -362,7 +362,8 @@ def assert_still_scores(scorer):
     assert share(scorer.score(TASK, RIGHT), "official") == 1.0
 
 
-@pytest.mark.parametrize("name", CHEATS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("memory bomb by"))
+                                  for name in CHEATS])
 def test_cheat_scores_nothing(scorer, name):
     result = scorer.score(TASK, CHEATS[name])
     assert result["fixed"]["passed"] == result["official"]["passed"] == 0, result
@@ -425,6 +426,7 @@ def test_slow_answer_forges_no_official_result(scorer):
     assert scorer.score(task, forge)["official"]["passed"] == 0
 
 
+@pytest.mark.slow
 def test_what_time_is_left_goes_first_to_calls_that_end(scorer):
     """The fixed mode has its due whatever the official one does, and that one's calls that end in both come first."""
     loops = "def f(x):\n    try:\n        while x < 4: pass\n    except TimeoutError: pass\n    return x"

@@ -625,7 +625,8 @@ def released(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="the released evaluator scores 0 there")
-@pytest.mark.parametrize("slow_s", [sandbox.SLOW_S, 0], ids=["as it is", "all are slow"])
+@pytest.mark.parametrize("slow_s", [pytest.param(sandbox.SLOW_S, id="as it is"),
+                                    pytest.param(0, id="all are slow", marks=pytest.mark.slow)])
 def test_official_mode_equals_the_released_evaluator(scorer, released, slow_s, monkeypatch):
     """`all are slow`: the fixed mode goes first, and its outcomes stand for this one's if the programs are the same."""
     pytest.importorskip("numpy")
