@@ -6,7 +6,8 @@
 The released way, in our words: exec reference and answer in the scorer's own process, no isolation, SIGALRM of one
 second around each of the answer's calls; it runs the reference again for every answer. Answers are the references
 themselves in a fence, half of them with one number changed. Ours gives both scores, `fixed` and `official`, of each
-answer. `--hanging`: the tests' attacks, and slow answers, each on ten calls; at most 11 s is the promise.
+answer. `--hanging`: the tests' attacks (so it wants pytest), and slow answers, each on ten calls; at most 11 s is the
+promise.
 Not a test: nothing is asserted.
 """
 
