@@ -12,17 +12,24 @@ dialogue so far; a: a message, L tokens long with its end-of-turn token):
 
 It is learned from whole trajectories only, Bradley-Terry on pairs of one task with r(τ+) > r(τ−):
 
-    (2)  J(θ) = −log σ( β Σ_t A_θ(o_t+, a_t+, c) − β Σ_t A_θ(o_t−, a_t−, c) ) + 0.01 · NLL(τ+)
+    (2)  J(θ) = −log σ( β Σ_t A_θ(o_t+, a_t+, c) − β Σ_t A_θ(o_t−, a_t−, c) ) + w · NLL(τ+)
+
+with β = 0.1 and w = 0.01 in the paper, NLL a mean over tokens. How to choose them for another model: the plan
+prints how much the messages of a trajectory hold, Σ_t of −log π_ref a token. (2) stops pulling at a margin of
+about 3/β, which should be less than that: else all messages are pushed down, those of the longer, mostly lost
+trajectories too, and a long useless message then outranks a short useful one. If log_ratio/chosen in the log
+falls far below 0 all the same, raise w; a line warns of it.
 
 c enters through one function, with_hidden_info in colbench/env/hidden_info.py, which appends it to the system
 message: for training in load_pairs below, for ranking in colbench/train/ranking.py. There without_hidden_info
-takes it away again, before a state is written for stage 3. NLL is a mean over tokens.
+takes it away again, before a state is written for stage 3.
 
-Other critics, by --critic: `regression`, A_θ = a linear head on the message's mean last hidden state, trained
-by (2) without NLL; `value`, the same head as success probability, trained by binary cross-entropy on every
-turn; and three that need no training: `untrained`, log-ratio of the base model with c to itself without;
-`judge`, the base model is asked which of two messages is better; `rollout`, the dialogue is played on from
-each candidate and the rewards are averaged (colbench/train/judges.py).
+Other critics, by --critic: `regression`, A_θ = a linear head on the message's mean last hidden state,
+trained by (2) without NLL; `value`, the same head as success probability, trained by binary cross-entropy
+on every turn; and four that need no training: `untrained`, log-ratio of the base model with c to itself
+without; `random`, numbers at random: what stage 3 does without a critic; `judge`, the base model is asked
+which of two messages is better; `rollout`, the dialogue is played on from each candidate and the rewards
+are averaged (colbench/train/judges.py).
 
 Reads RUN/trajectories.jsonl. Writes RUN/critic/ (a PEFT adapter), RUN/critic_log.jsonl (a line a step),
 RUN/critic_reference.jsonl (log π_ref, a cache) and RUN/preferences.jsonl: a line a state with messages,
@@ -54,13 +61,14 @@ from colbench.train.reference import cached_logps
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
-        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False, learning_rate=1e-4,
-        epochs=2, batch_size=8, pairs_per_task=6, min_gap=0.5, tokens_per_step=384, max_tokens=1024),
-    "llama": dict(  # the paper's, but for 4-bit LoRA and its learning rate
+        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False, learning_rate=3e-4,
+        epochs=2, batch_size=8, beta=3.0, nll_weight=0.3, pairs_per_task=6, tokens_per_step=384,
+        max_tokens=1024),
+    "llama": dict(  # the paper's, but for 4-bit LoRA with its learning rate, and β and w by the rule above
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
         gradient_checkpointing=True,  # activations twice: less memory, slower
-        learning_rate=5e-5, epochs=4, batch_size=8, pairs_per_task=0, min_gap=0.0, tokens_per_step=8192,
-        max_tokens=8192),
+        learning_rate=5e-5, epochs=4, batch_size=8, beta=3.0, nll_weight=0.3, pairs_per_task=0,
+        tokens_per_step=8192, max_tokens=8192),
 }
 
 
@@ -86,31 +94,33 @@ def critic_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll_weight, sc
     return loss, score_chosen, score_rejected
 
 
-def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, min_gap=0.0, chosen_from=0.0):
-    """[(index of τ+, index of τ−)] for all or some of the pairs of one task with r(τ+) > r(τ−), by min_gap at
-    least; r(τ+) is chosen_from at least. train_policy.py has the same rule, with defaults of its own."""
+def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_from: float = 0.0):
+    """[(index of τ+, index of τ−)] for all or some of the pairs of one task with r(τ+) > r(τ−); r(τ+) is
+    chosen_from at least. As in train_policy.py."""
     by_task = {}
     for index, trajectory in enumerate(trajectories):
         by_task.setdefault(trajectory["id"], []).append(index)
     pairs = []
     for task, indices in by_task.items():
         reward = {index: trajectories[index]["reward"] for index in indices}
-        of_task = [(a, b) for a in indices for b in indices if reward[a] >= chosen_from
-                   and reward[a] > reward[b] and reward[a] - reward[b] >= min_gap]
+        of_task = [(a, b) for a in indices for b in indices
+                   if reward[a] > reward[b] and reward[a] >= chosen_from]
         random.Random(seed_of(seed, task, "pairs")).shuffle(of_task)
         pairs += of_task[:pairs_per_task or None]
     return pairs
 
 
+def score_of(args) -> str:  # which trajectory_score the flags ask for
+    return "sum" if args.no_length_norm else "trajectory-mean" if args.official else "turn-mean"
+
+
 def losses(args, model, trajectories, ref_logps):
     """(what the critic gives for trees of trajectories, the loss of a pair from it), for the kind of critic.
     The loss: (scalar, {name in the log: value}). turns: of each trajectory a list over turns."""
-    score = "sum" if args.no_length_norm else "trajectory-mean" if args.official else "turn-mean"
-
     def bradley_terry(pair, turns):
         if args.critic == "logprob":
             ref = ref_logps[pair[0]], ref_logps[pair[1]]
-            loss, chosen, rejected = critic_loss(*turns, *ref, args.beta, args.nll_weight, score)
+            loss, chosen, rejected = critic_loss(*turns, *ref, args.beta, args.nll_weight, score_of(args))
         else:  # regression
             chosen, rejected = (sum(values) for values in turns)
             loss = -F.logsigmoid(args.beta * (chosen - rejected))
@@ -118,7 +128,9 @@ def losses(args, model, trajectories, ref_logps):
                "rewards/chosen": args.beta * chosen, "rewards/rejected": args.beta * rejected,
                "rewards/margins": args.beta * (chosen - rejected)}
         if args.critic == "logprob":
-            row |= {"logps/chosen": torch.cat(turns[0]).sum(), "logps/rejected": torch.cat(turns[1]).sum()}
+            for side, messages, before in zip(("chosen", "rejected"), turns, ref):
+                logps = row[f"logps/{side}"] = torch.cat(messages).sum()
+                row[f"log_ratio/{side}"] = (logps - torch.cat(before).sum()) / len(messages)  # nats a message
         return loss, row
 
     def success_probability(pair, turns):  # V(o_t, a_t, c) of every turn against the success of the whole
@@ -136,17 +148,20 @@ def losses(args, model, trajectories, ref_logps):
 
 def train(args, accelerator, model, reference, reference_logps, tokenizer, trajectories, pairs, trees):
     """The loop: batches of pairs in a seeded order, (2), AdamW. Writes RUN/critic."""
-    ref_logps = None
+    ref_logps = nats = None
     if args.critic == "logprob":  # log π_ref, kept on disk: {trajectory: list over turns of (L_t,)}
         path, all_trees = args.critic_folder.with_name("critic_reference.jsonl"), list(trees.values())
         found = cached_logps(accelerator, path, reference, all_trees, args.tokens_per_step, reference_logps)
         ref_logps = dict(zip(trees, found))
+        whole = [trajectory_score([0 * turn for turn in t], t, score_of(args)).item() for t in found]
+        messages = [-turn.sum().item() for turns in found for turn in turns]
+        nats = sum(messages) / len(messages), sum(whole) / len(whole)  # −log π_ref of a message; of τ in (2)
     forward, loss_of = losses(args, model, trajectories, ref_logps)
     sizes = [sum(tree_tokens(trees[i]) for i in pair) for pair in pairs]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
     training = Training(accelerator, args, args.critic_folder, model, optimizer, weights=[1] * len(pairs),
-                        per_step=args.batch_size, data=seed_of(pairs, trees), tokens=sum(sizes),
+                        per_step=args.batch_size, data=seed_of(pairs, trees), tokens=sum(sizes), nats=nats,
                         unit=f"{args.batch_size} of {len(pairs)} {examples(args)}")
     for step in training.steps():
         batch, weight = training.batch(step)  # this process's pairs, and what one weighs in the batch's mean
@@ -180,11 +195,10 @@ def load_pairs(args, environment, tokenizer):
     if args.critic == "value":
         pairs = [(index,) for index in range(len(trajectories))]
     else:
-        pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap, float(args.official))
+        pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, float(args.official))
     if not pairs:
         rewards = sorted({round(t["reward"], 3) for t in trajectories})
-        wanted = f", by --min-gap {args.min_gap:g} at least" * bool(args.min_gap)
-        wanted += ", one of 1 (--official)" * args.official
+        wanted = ", one of 1 (--official)" * args.official
         raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories of "
                         f"different reward{wanted} ({len(trajectories)} trajectories, rewards {rewards[:5]})"
                         "; collect more with a larger --k or more tasks")
@@ -252,10 +266,9 @@ def parse_args():
     group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum over tokens, not a mean")
     group.add_argument("--official", action="store_true", help="as the released code: a trajectory's score "
                        "is one mean over its tokens, no NLL, τ+ passes every test, and π_ref ranks without c")
-    group.add_argument("--beta", type=float, default=0.1, help="β of (2)")
-    group.add_argument("--nll-weight", type=float, default=0.01, help="weight of NLL(τ+) in (2)")
+    group.add_argument("--beta", type=float, help="β of (2), see above")
+    group.add_argument("--nll-weight", type=float, help="w of (2), the weight of NLL(τ+)")
     group.add_argument("--pairs-per-task", type=int, help="at most so many, drawn at random; 0: all")
-    group.add_argument("--min-gap", type=float, help="leave out pairs whose rewards differ by less")
     group.add_argument("--max-trajectories", type=int, default=0, help="the first so many; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_critic")
@@ -263,9 +276,9 @@ def parse_args():
     if args.critic != "logprob":
         refuse_unused(given, f"--critic {args.critic}", "no_length_norm official nll_weight")
     if args.critic == "value":
-        refuse_unused(given, "--critic value", "beta pairs_per_task min_gap")
+        refuse_unused(given, "--critic value", "beta pairs_per_task")
     if args.critic in UNTRAINED:
-        refuse_unused(given, f"--critic {args.critic}", "lora_rank beta pairs_per_task min_gap learning_rate "
+        refuse_unused(given, f"--critic {args.critic}", "lora_rank beta pairs_per_task learning_rate "
                       "epochs batch_size save_every" + " no_hidden_info" * (args.critic != "judge"))
     if args.official:
         refuse_unused(given, "--official", "no_length_norm nll_weight")

@@ -11,10 +11,11 @@ DPO on single turns, without c (paper, section 4.2; log-probs are sums over the 
 
     (3)  J(φ) = −log σ( β′ log π_φ(a+|o)/π_ref(a+|o) − β′ log π_φ(a−|o)/π_ref(a−|o) ) + w · NLL(a+)
 
-with w = 0.01 in the paper, NLL a mean over tokens. The embedded model has few sensible messages at a state,
-most of 16 candidates are equally useless, and halves are then half noise: its preset draws a near-best over a
-clearly worse one (`--gap`), leaves out the last turn, where every message ends the episode alike, and takes a
-larger w. As in the paper: `--gap 0 --nll-weight 0.01 --no-skip-last-turn`.
+with w = 0.01 in the paper, NLL a mean over tokens. How to choose β′ and w for another model: the plan prints
+how many nats (−log π_ref) a message has. (3) stops pulling at a margin of about 3/β′ nats, which should be
+less than that: else it goes on until the chosen messages have become unlikely too (likelihood displacement).
+If log_ratio/chosen in the log falls far below 0 all the same, raise w; a line warns of it. Messages of
+Llama-3.1-8B have 30 to 100 nats, for which the paper's β′ = 0.1 is right; the embedded model's have 10.
 
 The baselines need no critic. `multi-turn-dpo` is (3) with all messages of the agent in a trajectory τ+ of
 higher reward as a+, those of a τ− of the same task as a−. `rft`, rejection fine-tuning, is NLL on the agent's
@@ -29,7 +30,6 @@ dialogue alone). Writes RUN/policy/ (a PEFT adapter), RUN/policy_log.jsonl and R
 import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
 import argparse
 import random
-import statistics
 from pathlib import Path
 
 import torch
@@ -50,13 +50,13 @@ from colbench.train.reference import cached_logps
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
-        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False, learning_rate=5e-4,
-        epochs=2, batch_size=32, gap=0.2, skip_last_turn=True, nll_weight=3.0, pairs_per_task=4,
+        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False, learning_rate=1e-3,
+        epochs=2, batch_size=32, beta=1.0, nll_weight=1.0, pairs_per_task=4,
         tokens_per_step=384, max_tokens=1024),
     "llama": dict(  # the paper's, but for 4-bit LoRA and its learning rate
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
         gradient_checkpointing=True,  # activations twice: less memory, slower
-        learning_rate=5e-5, epochs=1, batch_size=8, gap=0.0, skip_last_turn=False, nll_weight=0.01,
+        learning_rate=5e-5, epochs=1, batch_size=8, beta=0.1, nll_weight=0.01,
         pairs_per_task=0, tokens_per_step=8192, max_tokens=8192),
 }
 BASELINES = {("tiny", "multi-turn-dpo"): dict(batch_size=8, learning_rate=1e-3, epochs=4),
@@ -74,51 +74,43 @@ def policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_wei
     return loss, reward_chosen, reward_rejected
 
 
-def draw_pairs(advantages: list[float], rng: random.Random, n: int, gap: float) -> list[tuple[int, int]]:
-    """n random pairs (chosen, rejected) of candidate numbers at one state; fewer if it has fewer.
-
-    gap 0: the paper's, better half over worse half. Else, in the units of the advantages: one of the three
-    best within gap/2 of the best, over one at least gap below the best. Where all samples were one message,
-    a+ = a−: the log-ratios of (3) cancel, its NLL keeps the message."""
-    if len(advantages) == 1:
-        return [(0, 0)] * n
+def draw_pairs(advantages: list[float], rng: random.Random, n: int) -> list[tuple[int, int]]:
+    """n random pairs (chosen, rejected) of candidate numbers at one state, better half over worse half; fewer
+    if it has fewer."""
     ranked = sorted(range(len(advantages)), key=lambda k: -advantages[k])
-    if not gap:
-        half = len(ranked) // 2
-        top, bottom = ranked[:half], ranked[len(ranked) - half:]
-    else:
-        best = advantages[ranked[0]]
-        top = [k for k in ranked[:3] if best - advantages[k] <= gap / 2]
-        bottom = [k for k in ranked if best - advantages[k] >= gap]
+    half = len(ranked) // 2
+    top, bottom = ranked[:half], ranked[len(ranked) - half:]
     pairs = [(a, b) for a in top for b in bottom]
     return rng.sample(pairs, min(n, len(pairs)))
 
 
-def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, min_gap: float = 0.0):
-    """[(index of τ+, index of τ−)] for multi-turn DPO: all or some of the pairs of one task, r(τ+) > r(τ−) by
-    min_gap at least. The rule of make_pairs in train_critic.py, with defaults of its own."""
+def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int):
+    """[(index of τ+, index of τ−)] for multi-turn DPO: all or some of the pairs of a task with r(τ+) > r(τ−).
+    As in train_critic.py."""
     by_task = {}
     for index, trajectory in enumerate(trajectories):
         by_task.setdefault(trajectory["id"], []).append(index)
     pairs = []
     for task, indices in by_task.items():
         reward = {index: trajectories[index]["reward"] for index in indices}
-        of_task = [(a, b) for a in indices for b in indices
-                   if reward[a] > reward[b] and reward[a] - reward[b] >= min_gap]
+        of_task = [(a, b) for a in indices for b in indices if reward[a] > reward[b]]
         random.Random(seed_of(seed, task, "pairs")).shuffle(of_task)
         pairs += of_task[:pairs_per_task or None]
     return pairs
 
 
-def pair_loss(args, chosen, rejected, ref_chosen, ref_rejected):
-    """(3) and what is logged of it, for a pair of messages or of trajectories. All (L,)."""
+def pair_loss(args, chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected):
+    """(3) and what is logged of it, for a pair of messages, or of trajectories of so many. All (L,)."""
     loss, reward_chosen, reward_rejected = policy_loss(
         chosen, rejected, ref_chosen, ref_rejected, args.beta, args.nll_weight)
-    margin = reward_chosen - reward_rejected
-    return loss, {"rewards/accuracies": margin > 0, "rewards/chosen": reward_chosen,
-                  "rewards/rejected": reward_rejected, "rewards/margins": margin,
-                  "margin": margin / args.beta,  # without β, as in the critic's log
-                  "logps/chosen": chosen.sum(), "logps/rejected": rejected.sum()}
+    chosen, rejected = chosen.sum(), rejected.sum()
+    ratio_chosen, ratio_rejected = chosen - ref_chosen.sum(), rejected - ref_rejected.sum()
+    return loss, {"rewards/accuracies": ratio_chosen > ratio_rejected, "rewards/chosen": reward_chosen,
+                  "rewards/rejected": reward_rejected, "rewards/margins": reward_chosen - reward_rejected,
+                  "margin": ratio_chosen - ratio_rejected,  # without β′, as in the critic's log
+                  "log_ratio/chosen": ratio_chosen / n_chosen,  # a message; a fall is displacement
+                  "log_ratio/rejected": ratio_rejected / n_rejected,
+                  "logps/chosen": chosen, "logps/rejected": rejected}
 
 
 def imitation_loss(args, chosen, *_):
@@ -137,13 +129,16 @@ def train(args, accelerator, model, tokenizer, units):
         with torch.no_grad(), accelerator.autocast(), adapters_off(model):
             return message_logps(model, trees)
 
-    loss_of = imitation_loss if args.algorithm == "rft" else pair_loss
+    loss_of, nats = imitation_loss if args.algorithm == "rft" else pair_loss, None
     if args.algorithm != "rft":  # log π_ref, kept on disk: a list over the messages of a unit of (L,)
         path = args.policy.with_name("policy_reference.jsonl")
         trees = [tree for unit in units for tree in unit["trees"]]
         ref = iter(cached_logps(accelerator, path, model, trees, args.tokens_per_step, reference_logps))
         for unit in units:
             unit["ref_logps"] = [logps for _ in unit["trees"] for logps in next(ref)]
+        messages = [-logps.sum().item() for unit in units for logps in unit["ref_logps"]]
+        compared = len(messages) if args.algorithm == "sweet" else 2 * len(units)  # messages, or trajectories
+        nats = sum(messages) / len(messages), sum(messages) / compared  # −log π_ref of one, on average
     sizes = [sum(map(tree_tokens, unit["trees"])) for unit in units]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
@@ -151,7 +146,7 @@ def train(args, accelerator, model, tokenizer, units):
     training = Training(accelerator, args, args.policy, model, optimizer,
                         weights=[len(unit["pairs"]) for unit in units], tokens=sum(sizes),
                         per_step=max(1, args.batch_size // pairs_a_unit), unit=f"{args.batch_size} pairs",
-                        data=seed_of([[unit["trees"], unit["pairs"]] for unit in units]))
+                        nats=nats, data=seed_of([[unit["trees"], unit["pairs"]] for unit in units]))
     for step in training.steps():
         batch, weight = training.batch(step)  # this process's units; a pair's weight in the mean
         for group in pack([sizes[k] for k in batch], args.tokens_per_step):  # what fits into one forward pass
@@ -164,7 +159,8 @@ def train(args, accelerator, model, tokenizer, units):
                 messages, ref = [m for _ in units[k]["trees"] for m in next(logps)], units[k].get("ref_logps")
                 for a, b in units[k]["pairs"]:  # numbers of the messages: one each, or a whole τ's
                     chosen, rejected = joined(messages, a), joined(messages, b)  # under π_φ
-                    loss, row = loss_of(args, chosen, rejected, joined(ref, a), joined(ref, b))
+                    before = joined(ref, a), joined(ref, b)  # under π_ref
+                    loss, row = loss_of(args, chosen, rejected, *before, len(a), len(b))
                     total = total + weight * loss
                     training.log.add(sizes[k] / len(units[k]["pairs"]), loss=loss, **row)
             accelerator.backward(total)
@@ -181,18 +177,11 @@ def train(args, accelerator, model, tokenizer, units):
 def load_states(args, _, tokenizer) -> list[dict]:
     """States with pairs: {"trees": [a prompt with its distinct messages as leaves], "pairs": [([number of
     a+], [number of a−]), ...]}; the numbers are those of the messages in message_logps' order."""
-    rows, last_turns = [], 0
-    for row in read_jsonl(args.preferences, state_line):
-        if args.skip_last_turn and row.get("last_turn"):
-            last_turns += 1
-        elif row["candidates"]:
-            rows.append(row)
-    advantages = [a for row in rows for a in row["advantages"]]
-    gap = args.gap * statistics.pstdev(advantages) if advantages else 0.0
+    rows = [row for row in read_jsonl(args.preferences, state_line) if row["candidates"]]
     states, end_id, too_long = [], end_of_turn(tokenizer), 0
     for row in rows:
         rng = random.Random(seed_of(args.seed, row["id"], row["sample"], row["turn"], "pairs"))
-        pairs = draw_pairs(row["advantages"], rng, args.pairs_per_state, gap)
+        pairs = draw_pairs(row["advantages"], rng, args.pairs_per_state)
         prompt, _ = encode_dialogue(tokenizer, row["messages"])
         used = {k for pair in pairs for k in pair}
         leaves = {k: message_ids(tokenizer, row["candidates"][k], end_id) for k in used}
@@ -205,9 +194,8 @@ def load_states(args, _, tokenizer) -> list[dict]:
             states.append({"trees": [Tree(prompt, [], [leaves[k] for k in used])],
                            "pairs": [([number[a]], [number[b]]) for a, b in fitting]})
     if not states:
-        hint = f"; {last_turns} of the last turn are left out (--no-skip-last-turn)" * bool(last_turns)
         raise UserError(f"{args.preferences}: no pair to learn from: {len(rows)} states with candidates, "
-                        f"none with a pair by --gap {args.gap:g} within --max-tokens {args.max_tokens}{hint}")
+                        f"none with two that fit into --max-tokens {args.max_tokens}")
     print(f"{sum(len(s['pairs']) for s in states)} pairs at {len(states)} of {len(rows)} states; "
           f"{too_long} left out for their length")
     return states
@@ -222,7 +210,7 @@ def load_baseline(args, environment, tokenizer) -> list[dict]:
     if args.algorithm == "rft":
         groups = [(i,) for i, t in enumerate(trajectories) if t["reward"] == 1]
     else:
-        groups = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap)
+        groups = make_pairs(trajectories, args.pairs_per_task, args.seed)
     trees = {}
     for i in sorted({i for group in groups for i in group}):
         system = trajectories[i].get("system", environment.prompt.replace("{max_turns}", str(MAX_TURNS)))
@@ -267,26 +255,21 @@ def parse_args():
     parser.add_argument("--preferences", type=Path, help="input (default: RUN/preferences.jsonl)")
     parser.add_argument("--trajectories", type=Path, help="the baselines' (default: RUN/trajectories.jsonl)")
     group = parser.add_argument_group("objective")
-    group.add_argument("--beta", type=float, default=0.1, help="β′ of (3)")
+    group.add_argument("--beta", type=float, help="β′ of (3), see above; 0: a+ is imitated only")
     group.add_argument("--nll-weight", type=float, help="w of (3)")
-    group.add_argument("--gap", type=float, help="0: better half over worse half, as in the paper; else a+ "
-                       "within GAP/2 of the best, a− GAP below it, in standard deviations of all advantages")
     group.add_argument("--pairs-per-state", type=int, default=4, help="at most so many pairs of a state")
-    group.add_argument("--skip-last-turn", action=argparse.BooleanOptionalAction, help="leave its states out")
     group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most so many; 0: all")
-    group.add_argument("--min-gap", type=float, default=0.0, help="multi-turn DPO: leave out pairs whose "
-                       "rewards differ by less")
     group.add_argument("--max-trajectories", type=int, default=0, help="baselines: the first so many; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_policy")
     args, given = parse_flags(parser)
-    unused = {"sweet": "trajectories pairs_per_task min_gap max_trajectories",
-              "multi-turn-dpo": "preferences gap pairs_per_state skip_last_turn",
-              "rft": "preferences gap pairs_per_state skip_last_turn pairs_per_task min_gap beta nll_weight"}
+    unused = {"sweet": "trajectories pairs_per_task max_trajectories",
+              "multi-turn-dpo": "preferences pairs_per_state",
+              "rft": "preferences pairs_per_state pairs_per_task beta nll_weight"}
     refuse_unused(given, f"--algorithm {args.algorithm}", unused[args.algorithm])
     at_least_one(args, "save_every batch_size epochs tokens_per_step max_tokens pairs_per_state")
-    if args.beta <= 0:
-        raise UserError(f"--beta {args.beta:g}: β′ of (3) is above 0; for NLL alone give 1e-6")
+    if args.beta < 0 or args.beta == args.nll_weight == 0:
+        raise UserError(f"--beta {args.beta:g}: β′ of (3) is above 0, or 0 with a --nll-weight above 0")
     args.preferences = args.preferences or Path(args.run) / "preferences.jsonl"
     args.trajectories = args.trajectories or Path(args.run) / "trajectories.jsonl"
     args.policy = Path(args.run) / "policy"

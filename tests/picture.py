@@ -2,13 +2,17 @@
 
     python tests/picture.py runs/tiny mini-train-0-53 0 3 > tests/pictures/state.svg    # id, sample, turn
 
-Green are the questions that help: about a detail that the hidden reference has and the human has not told yet.
+Green are the questions that help: about a detail that the hidden reference has and the human has not told yet. The
+embedded model's remarks without content are shortened to "…".
 """
 import json
 import re
 import sys
 from html import escape
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from colbench.env.backend.make_tiny import REMARKS
 
 run, name, sample, turn = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rows = lambda file: map(json.loads, (run / file).open(encoding="utf-8"))  # noqa: E731
@@ -20,6 +24,7 @@ told = " ".join(m["content"] for m in state["messages"][2:] if m["role"] == "use
 wanted = [detail for detail in re.findall(r"# (\w+)", task["ground_truth"]) if detail not in told]
 
 shapes, y = [], 30
+shorter = lambda text: re.sub(f"^(?:{'|'.join(REMARKS)})+", "… ", text)  # noqa: E731
 
 
 def write(text, x, y, size=14, color="#24292f", weight="normal", family="sans-serif", anchor="start"):
@@ -30,7 +35,7 @@ def write(text, x, y, size=14, color="#24292f", weight="normal", family="sans-se
 write("The dialogue so far: all that the agent sees", 20, y, weight="bold")
 for message in state["messages"][1:]:
     who = "agent" if message["role"] == "assistant" else "human"
-    words = (who + "  " + message["content"].split(" The signature")[0]).split(" ")
+    words = (who + "  " + shorter(message["content"].split(" The signature")[0])).split(" ")
     line = ""
     for word in [*words, None]:
         if word is None or len(line) + len(word) > 62:
@@ -52,7 +57,7 @@ scale, zero = 190 / (high - low), 800 + 190 * -low / (high - low)
 for i, (advantage, text) in enumerate(ranked):
     y = 52 + 24 * i
     good = any(detail in text for detail in wanted) and "ANSWER" not in text
-    text = "(answers at once, without asking on)" if "I WANT TO ANSWER" in text else text
+    text = "(answers at once, without asking on)" if "I WANT TO ANSWER" in text else shorter(text)
     write(text, 470, y + 13, size=13, color="#1a7f37" if good else "#24292f", weight="bold" if good else "normal")
     x, width = (zero, advantage * scale) if advantage > 0 else (zero + advantage * scale, -advantage * scale)
     fill = "#2da44e" if good else "#afb8c1"

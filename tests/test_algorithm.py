@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,27 @@ def test_policy_loss_by_hand():
     assert (got_a.item(), got_b.item()) == (pytest.approx(reward_a), pytest.approx(reward_b))
 
 
+def test_log_ratios_in_nats_a_message_by_hand():
+    args = SimpleNamespace(beta=0.5, nll_weight=0.0, critic="logprob", no_length_norm=False, official=False)
+    a, ref_a, b, ref_b = (torch.tensor(x) for x in ([-1.0, -0.2], [-1.4, -0.1], [-2.0], [-1.0]))
+    _, row = train_policy.pair_loss(args, a, b, ref_a, ref_b, 1, 1)
+    assert row["log_ratio/chosen"].item() == pytest.approx(0.3) and row["log_ratio/rejected"].item() == -1
+    assert row["margin"].item() == pytest.approx(1.3) and row["rewards/margins"].item() == pytest.approx(0.65)
+    _, row = train_policy.pair_loss(args, torch.cat([a, b]), b, torch.cat([ref_a, ref_b]), ref_b, 2, 1)
+    assert row["log_ratio/chosen"].item() == pytest.approx(-0.35)  # of two messages, 0.3 and -1
+    _, loss_of = train_critic.losses(args, None, [], {0: [ref_a, ref_b], 1: [ref_b]})
+    _, row = loss_of((0, 1), [[a, b], [b]])
+    assert row["log_ratio/chosen"].item() == pytest.approx(-0.35) and row["log_ratio/rejected"].item() == -1
+    assert row["margin"].item() == pytest.approx(0.15 - 1 + 1)  # sums of means a token
+
+
+def test_beta_0_imitates_the_chosen_message_alone():
+    a, b = (torch.tensor(x, requires_grad=True) for x in ([-1.0, -0.2], [-2.0]))
+    policy_loss(a, b, torch.tensor([-1.4, -0.1]), torch.tensor([-1.0]), 0.0, 0.3)[0].backward()
+    torch.testing.assert_close(a.grad, torch.full((2,), -0.15))
+    assert b.grad.abs().sum() == 0
+
+
 def test_pairs_of_trajectories():
     trajectories = [{"id": task, "reward": reward} for task, reward in
                     [("x", 0.5), ("y", 1.0), ("x", 1.0), ("y", 1.0), ("x", 0.0), ("z", 0.0)]]
@@ -72,12 +94,11 @@ def test_critic_and_multi_turn_dpo_learn_from_the_same_pairs():
     for _ in range(50):
         trajectories = [{"id": rng.choice("vwxyz"), "reward": rng.choice((0.0, 0.1, 0.3, 0.7, 0.9, 1.0))}
                         for _ in range(rng.randrange(1, 30))]
-        for min_gap in (0.0, 0.2, 0.6, 1.0):
-            for pairs_per_task in (0, 1, 4):
-                seed = rng.randrange(3)
-                pairs = train_critic.make_pairs(trajectories, pairs_per_task, seed, min_gap)
-                assert pairs == train_policy.make_pairs(trajectories, pairs_per_task, seed, min_gap)
-                lengths.add(len(pairs))
+        for pairs_per_task in (0, 1, 4):
+            seed = rng.randrange(3)
+            pairs = train_critic.make_pairs(trajectories, pairs_per_task, seed)
+            assert pairs == train_policy.make_pairs(trajectories, pairs_per_task, seed)
+            lengths.add(len(pairs))
     assert len(lengths) > 20  # the cases differ
 
 
@@ -92,21 +113,11 @@ def test_the_critic_is_asked_by_the_formula_that_it_was_trained_by(length_norm):
 
 def test_pairs_of_candidates():
     advantages = [0.3, -0.1, 0.9, 0.0, 0.5, -0.7]  # best first: 2 4 0 | 3 1 5
-    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), 4, 0.0)]
+    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), 4)]
     assert {a for a, _ in drawn} == {2, 4, 0} and {b for _, b in drawn} == {3, 1, 5}
-    assert draw_pairs(advantages[:3], random.Random(0), 4, 0.0) == [(2, 1)]  # the middle one is in neither half
-    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), 4, 0.8)]
-    assert {a for a, _ in drawn} == {2, 4} and {b for _, b in drawn} == {1, 3, 5}  # 0.9, 0.5 over what is <= 0.1
-    assert draw_pairs([0.1, 0.1], random.Random(0), 4, 0.2) == []
-    for gap in (0.2, 0.0):  # one message is all that was sampled
-        assert draw_pairs([0.3], random.Random(0), 4, gap) == [(0, 0)] * 4
-
-
-def test_a_message_paired_with_itself_teaches_its_nll_alone():
-    logps = torch.tensor([-0.7, -1.2, -0.1], requires_grad=True)
-    loss, _, _ = policy_loss(logps, logps, torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0, -1.0]), 0.1, 3.0)
-    loss.backward()
-    torch.testing.assert_close(logps.grad, torch.full((3,), -1.0))  # of 3 · mean(−logps)
+    assert len({*draw_pairs(advantages, random.Random(0), 4)}) == 4 and len(draw_pairs(advantages, random, 99)) == 9
+    assert draw_pairs(advantages[:3], random.Random(0), 4) == [(2, 1)]  # the middle one is in neither half
+    assert draw_pairs([0.3], random.Random(0), 4) == []  # one message is all that was sampled
 
 
 def test_pack_keeps_all_in_order_within_budget():

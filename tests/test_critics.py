@@ -131,6 +131,15 @@ def test_states_that_are_too_long_have_no_scores(critic, tokenizer, states):
     assert len(scores[0]) == 3 and scores[1] == []
 
 
+def test_random_critic_is_blind_and_repeatable(critic, tokenizer, states):
+    args, many = settings(critic="random"), [states[0] | {"turn": turn} for turn in range(1, 400)]
+    scores = score_candidates(args, many, tokenizer, critic, None)
+    assert scores == score_candidates(args, many, tokenizer, None, None)
+    wins = sum(row.index(max(row)) == 0 for row in scores)  # each of three candidates is the best in a third
+    assert 100 < wins < 166 and 0 <= min(map(min, scores)) < max(map(max, scores)) < 1
+    assert scores != score_candidates(settings(critic="random", seed=1), many, tokenizer, critic, None)
+
+
 def test_judge_compares_in_both_orders(critic, tokenizer, states):
     first, second = states[1]["candidates"]
     [[a, b]] = judge_scores(reference_logps_of(critic), tokenizer, [states[1]["messages"]], [[first, second]], 4096)
@@ -177,11 +186,10 @@ def test_scores_of_a_trajectory_by_hand():
     assert (a.item(), b.item()) == (6.0, 0.0) and loss.item() == pytest.approx(math.log1p(math.exp(-0.6)))
 
 
-def test_pairs_of_the_released_code_and_by_a_gap():
+def test_pairs_of_the_released_code():
     trajectories = [{"id": "t", "reward": r} for r in (1.0, 0.6, 0.5, 1.0)]
     assert set(make_pairs(trajectories, 0, 0)) == {(0, 1), (0, 2), (1, 2), (3, 1), (3, 2)}
     assert set(make_pairs(trajectories, 0, 0, chosen_from=1.0)) == {(0, 1), (0, 2), (3, 1), (3, 2)}
-    assert set(make_pairs(trajectories, 0, 0, min_gap=0.45)) == {(0, 2), (3, 2)}
 
 
 def test_first_tasks_come_whole():
@@ -208,17 +216,16 @@ def trajectories(task, tmp_path_factory):
 
 def units_of(algorithm, path, tokenizer, **changes):
     args = SimpleNamespace(**dict(algorithm=algorithm, trajectories=path, max_trajectories=0, pairs_per_task=0,
-                                  min_gap=0.0, seed=0, max_tokens=1024) | changes)
+                                  seed=0, max_tokens=1024) | changes)
     return train_policy.load_baseline(args, Backend, tokenizer)
 
 
 def test_why_there_is_no_pair(tmp_path, tokenizer):
-    append_jsonl(tmp_path / "last.jsonl", {"id": "a", "sample": 0, "turn": 1, "last_turn": True,
-                                           "messages": [{"role": "user", "content": "Write f."}],
-                                           "candidates": ["x", "y"], "advantages": [0.0, 1.0]})
-    settings = SimpleNamespace(preferences=tmp_path / "last.jsonl", skip_last_turn=True, gap=0.2, max_tokens=100)
-    with pytest.raises(UserError,
-                       match="0 states with candidates.*1 of the last turn are left out .--no-skip-last-turn"):
+    append_jsonl(tmp_path / "one.jsonl", {"id": "a", "sample": 0, "turn": 1,
+                                          "messages": [{"role": "user", "content": "Write f."}],
+                                          "candidates": ["x"], "advantages": [0.0]})
+    settings = SimpleNamespace(preferences=tmp_path / "one.jsonl", seed=0, pairs_per_state=4, max_tokens=100)
+    with pytest.raises(UserError, match="1 states with candidates, none with two that fit into --max-tokens 100"):
         train_policy.load_states(settings, Backend, tokenizer)
 
 
@@ -334,8 +341,8 @@ def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
     (train_critic, "--env frontend --vision-critic x", "wants --critic regression"),
     (train_critic, "--env frontend --critic regression --vision-critic x --model y", "no effect with --vision-critic"),
     (train_policy, "--save-every 0", "at least 1"), (train_policy, "--pairs-per-state 0", "at least 1"),
-    (train_policy, "--beta 0", "above 0"),
-    (train_policy, "--algorithm rft --gap 1", "--gap has no effect with --algorithm rft"),
+    (train_policy, "--beta -1", "above 0"),
+    (train_policy, "--algorithm rft --beta 1", "--beta has no effect with --algorithm rft"),
     (train_policy, "--algorithm multi-turn-dpo --preferences x", "--preferences has no effect with"),
     (train_policy, "--trajectories x", "--trajectories has no effect with --algorithm sweet"),
     (evaluate, "--policies base --critic untrained", "needs --best-of"),

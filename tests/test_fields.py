@@ -45,7 +45,7 @@ TRAJECTORY = {"task": TASK, "dialogue_history": DIALOGUE, "answer": "def f(x):\n
               "sample": 0, "system": "Ask.", "max_turns": 10, "outcome": "answered", "error": "none",
               "scores": {"fixed": CALLS, "official": {"passed": 0, "total": 1}, "sandbox": "strict", "note": "n"}}
 EPISODE = TRAJECTORY | {"policy": "base"}
-STATE = {"id": "a", "sample": 0, "turn": 1, "last_turn": False, "candidates": ["What?", "Why?"],
+STATE = {"id": "a", "sample": 0, "turn": 1, "candidates": ["What?", "Why?"],
          "advantages": [0.5, -0.5], "messages": [{"role": "system", "content": "Ask."}, DIALOGUE[0]]}
 CREDIT = {"policy": "base", "id": "a", "sample": 0, "critic": "c", "weights": "w", "turns": [
     {"advantage": 0.5, "ratios": [[3, 0.5], [5, 0.1]], "candidates": [["What?", 0.5]]}] * 2}
@@ -80,9 +80,9 @@ def changed(row, path, value):
 def readers():
     """file name -> (a good line, what all reads it: functions of the folder)."""
     tokenizer = load_tokenizer("tiny")
-    flags = SimpleNamespace(run="r", preset="tiny", seed=0, pairs_per_task=0, min_gap=0.0, max_trajectories=0,
-                            official=False, critic="logprob", no_hidden_info=False, max_tokens=1024, gap=0.0,
-                            pairs_per_state=4, skip_last_turn=True, shard=(1, 1), model="tiny")
+    flags = SimpleNamespace(run="r", preset="tiny", seed=0, pairs_per_task=0, max_trajectories=0,
+                            official=False, critic="logprob", no_hidden_info=False, max_tokens=1024,
+                            pairs_per_state=4, shard=(1, 1), model="tiny")
 
     def args(folder, **more):
         return SimpleNamespace(**vars(flags) | {name: folder / f"{name}.jsonl" for name in (

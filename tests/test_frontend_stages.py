@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     """A whole small run, and what evaluate.py printed."""
     directory = tmp_path_factory.mktemp("run")
     run("collect.py", "--run", directory, *SMALL, "--candidate-share", "0.5")
-    run("train_critic.py", "--run", directory, "--epochs", 1, "--min-gap", 0.001)
+    run("train_critic.py", "--run", directory, "--epochs", 1)
     run("train_policy.py", "--run", directory, "--epochs", 1)
     return directory, run("evaluate.py", "--run", directory, "--n-tasks", 2, "--max-turns", 3).stdout
 
@@ -109,7 +109,7 @@ def test_vision_critic(finished, tmp_path):
         message["candidates"] = message["candidates"][:2] if kept < 3 else []
     (tmp_path / "trajectories.jsonl").write_text("".join(json.dumps(t) + "\n" for t in trajectories))
     vision = save_tiny_vision(tmp_path / "vision")
-    args = ("--run", tmp_path, "--critic", "regression", "--vision-critic", vision, "--min-gap", 0.001,
+    args = ("--run", tmp_path, "--critic", "regression", "--vision-critic", vision,
             "--pairs-per-task", 1, "--epochs", 2, "--batch-size", 1, "--save-every", 1, "--lora-rank", 2)
     run("train_critic.py", *args)
     log = lines(tmp_path / "critic_log.jsonl")

@@ -80,7 +80,7 @@ def twenty(tmp_path_factory):
     table."""
     home = tmp_path_factory.mktemp("twenty")
     sizes = {"collect": "--n-tasks 8 --k 4 --max-turns 5 --n-candidates 6", "train_critic": "--epochs 1",
-             "train_policy": "--gap 0 --epochs 1", "evaluate": "--max-turns 5"}
+             "train_policy": "--epochs 1", "evaluate": "--max-turns 5"}
     for script, flags in sizes.items():
         alone = home / script
         shutil.copytree(ROOT / "colbench", alone / "colbench", ignore=shutil.ignore_patterns("__pycache__"))

@@ -50,7 +50,7 @@ def train(directory, model):
     flags = ["--run", directory, "--model", model, "--learning-rate", "5e-3", "--lora-rank", 4, "--batch-size", 1,
              "--epochs", 3]
     run("train_critic.py", *flags)
-    run("train_policy.py", *flags, "--gap", 0, "--no-skip-last-turn")
+    run("train_policy.py", *flags)
 
 
 def make_llama(folder):

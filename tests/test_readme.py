@@ -104,7 +104,7 @@ def test_recipes_do_what_they_say():
     assert ipo == pytest.approx((ratio - 1 / (2 * beta)) ** 2 + nll)  # Azar et al. 2024, equation 17
     assert conservative == pytest.approx(
         -0.9 * math.log(sigmoid(beta * ratio)) - 0.1 * math.log(sigmoid(-beta * ratio)) + nll)
-    assert changed(2).draw_pairs([0.3, -1.0, 0.9, 0.1], random.Random(0), 4, 0.0) == [(2, 1)]
+    assert changed(2).draw_pairs([0.3, -1.0, 0.9, 0.1], random.Random(0), 4) == [(2, 1)]
     assert changed(3).advantage(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])).item() == -1.0
     best = changed(4).trajectory_score([torch.tensor([-1.0, -3.0]), torch.tensor([-1.0])],
                                        [torch.tensor([-2.0, -2.0]), torch.tensor([-1.25])])
@@ -134,8 +134,8 @@ def test_commands_that_need_no_gpu_and_no_hub_run_as_printed(tmp_path):
     first, *rest = [re.sub(r"^.*pip install -r requirements.txt && ", "", command) for command in wanted]
     rest += re.findall(r"`(python evaluate.py --critic [^`]+)`", README)
     assert first.startswith("python collect.py && ") and len(rest) >= 6
-    less = {"train_critic.py": " --epochs 1 --max-trajectories 300", "train_policy.py": " --epochs 1",
-            "evaluate.py": " --n-tasks 30"}
+    less = {"collect.py": " --n-tasks 40 --k 3", "train_critic.py": " --epochs 1 --max-trajectories 120",
+            "train_policy.py": " --epochs 1", "evaluate.py": " --n-tasks 20"}
 
     def run(command):
         command = command.replace("python ", f"{sys.executable} ")
@@ -146,5 +146,5 @@ def test_commands_that_need_no_gpu_and_no_hub_run_as_printed(tmp_path):
     table, rows = run(first), re.findall(r"^(?:base|runs/tiny/policy) .*$", README, re.MULTILINE)
     assert len(rows) == 2 and all(row in table for row in rows)
     for command in (*rest, "python -m colbench.env.backend.audit mini:test"):
-        run(command + less.get(command.split()[1], ""))
+        run(" && ".join(part + less.get(part.split()[1], "") for part in command.split(" && ")))
     assert (copy / "runs" / "tiny" / "report.html").exists() and (copy / "runs" / "tiny" / "advantages.jsonl").exists()

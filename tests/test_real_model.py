@@ -341,7 +341,7 @@ def test_four_bit_critic_and_policy(folder, tokenizer, mixed):
     wrong = [s["advantages"][["None" in c for c in s["candidates"]].index(True)] for s in last]
     assert sum(right) > sum(wrong)
 
-    run("train_policy.py", *four_bit, "--learning-rate", "1e-3", "--epochs", 1, "--batch-size", 8, "--gap", 0,
+    run("train_policy.py", *four_bit, "--learning-rate", "1e-3", "--epochs", 1, "--batch-size", 8,
         "--pairs-per-state", 2)
     log = lines(mixed / "policy_log.jsonl")
     assert len(log) >= 3 and all(math.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in log)

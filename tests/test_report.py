@@ -96,8 +96,8 @@ def write_lines(path, rows):
 def logs(directory, slope=1.0, n=40):
     write_lines(directory / "critic_log.jsonl", [
         {"step": i, "loss": 0.69 - 0.01 * i * slope, "rewards/accuracies": 0.5, "margin": slope * i,
-         "rewards/chosen": 0.1 * i,
-         "rewards/rejected": -0.1 * i, "tokens_per_second": 1234.5, "peak_memory_gb": 0.5} for i in range(n)])
+         "log_ratio/chosen": 0.1 * i,
+         "log_ratio/rejected": -0.1 * i, "tokens_per_second": 1234.5, "peak_memory_gb": 0.5} for i in range(n)])
 
 
 @pytest.fixture()

@@ -202,8 +202,7 @@ def test_messages_that_reach_beyond_the_context_are_left_out(collected, tmp_path
     rows = lines(collected / "preferences.jsonl")
     rows[0]["candidates"][0] = "word " * 3000
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run("train_policy.py", "--run", tmp_path, *SMALL["train_policy"], "--max-tokens", 100_000,
-               "--no-skip-last-turn")
+    done = run("train_policy.py", "--run", tmp_path, *SMALL["train_policy"], "--max-tokens", 100_000)
     assert "15 pairs at 15 of 16 states; 1 left out for their length" in done.stdout
 
 

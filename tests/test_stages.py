@@ -16,7 +16,7 @@ from stages import ROOT, lines, refused, run, start, wait
 from test_server import Server
 
 SMALL = ["--n-tasks", "12", "--k", "4"]
-FEW = ["--max-trajectories", "16", "--batch-size", "2", "--min-gap", "0.1"]  # of those 48
+FEW = ["--max-trajectories", "16", "--batch-size", "2"]  # of those 48
 CRITIC = ["--epochs", "4", "--learning-rate", "3e-4"]
 ANSWER = "I WANT TO ANSWER:\ndef f(x):\n    return x"
 
@@ -59,10 +59,11 @@ def test_files_of_a_run(finished):
         assert len(row["candidates"]) == len(set(row["candidates"])) == len(row["advantages"])
     log = lines(finished / "critic_log.jsonl")
     assert {"loss", "margin", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "rewards/margins",
-            "logps/chosen",
-            "logps/rejected", "gradient_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= log[0].keys()
+            "logps/chosen", "logps/rejected", "log_ratio/chosen", "log_ratio/rejected", "margin/nats",
+            "gradient_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= log[0].keys()
     assert [row["step"] for row in log] == list(range(len(log)))
     assert abs(log[0]["margin"]) < 1e-3  # at the first step critic and reference are equal
+    assert abs(log[0]["log_ratio/chosen"]) < 1e-3
     metrics = json.loads((finished / "metrics.json").read_text())["policies"]
     assert list(metrics) == ["base", str(finished / "policy")]
     low, high = metrics["base"]["fixed"]["success_95"]
@@ -89,8 +90,8 @@ def test_finished_stages_do_nothing(finished):
 
 @pytest.mark.parametrize("script, changed, says", [
     ("collect.py", [*SMALL, "--temperature", "0.7"], "trajectories.jsonl was begun with --temperature 1.0, not 0.7:"),
-    ("train_critic.py", [*CRITIC, "--nll-weight", "0.5"], "critic was begun with --nll-weight 0.01, not 0.5:"),
-    ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy was begun with --beta 0.1, not 0.5:")])
+    ("train_critic.py", [*CRITIC, "--nll-weight", "0.5"], "critic was begun with --nll-weight 0.3, not 0.5:"),
+    ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy was begun with --beta 1.0, not 0.5:")])
 def test_other_flags_in_a_finished_run_are_named_and_change_nothing(finished, script, changed, says):
     before = {path: path.read_bytes() for path in finished.glob("*.jsonl")}
     done = run(script, "--run", finished, *changed, "--tokens-per-step" if "train" in script else "--parallel", 900)
@@ -244,6 +245,21 @@ def test_critic_learns(finished):
     assert sum(row["rewards/accuracies"] for row in last) / 5 > 0.7
 
 
+def test_displacement_is_told(finished, collected):
+    """Without its NLL term and with a small β the loss makes the chosen messages less likely too: one line says so,
+    and which flags help. With the preset's there is none."""
+    flags = ["--run", collected, "--preferences", finished / "preferences.jsonl", "--epochs", 3, "--batch-size", 8]
+    done = run("train_policy.py", *flags, "--beta", 0.1, "--nll-weight", 0, "--learning-rate", "2e-3")
+    told = [line for line in done.stderr.splitlines() if "likelihood displacement" in line]
+    assert len(told) == 1 and "--nll-weight" in told[0] and "--beta" in told[0]
+    log = lines(collected / "policy_log.jsonl")
+    nats = float(re.search(r"nats +([\d.]+) a message", done.stdout)[1])
+    fallen = [sum(row["log_ratio/chosen"] for row in log[i - 20:i]) / 20 for i in range(20, len(log) + 1)]
+    assert min(fallen) < -0.1 * nats
+    shutil.rmtree(collected / "policy")
+    assert "displacement" not in run("train_policy.py", *flags).stderr
+
+
 COUNTED = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -338,16 +354,15 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
     ("train_critic.py --critic regression --nll-weight=0.1", "--nll-weight", "--critic regression"),
     ("train_critic.py --critic value --official", "--official", "--critic value"),
     ("train_critic.py --critic value --beta 0.1", "--beta", "--critic value"),
-    ("train_critic.py --critic value --min-gap 0.1", "--min-gap", "--critic value"),
+    ("train_critic.py --critic value --pairs-per-task 1", "--pairs-per-task", "--critic value"),
     ("train_critic.py --critic judge --lora-rank 4", "--lora-rank", "--critic judge"),
     ("train_critic.py --critic untrained --no-hidden-info", "--no-hidden-info", "--critic untrained"),
     ("train_critic.py --critic rollout --epochs 1", "--epochs", "--critic rollout"),
     ("train_critic.py --official --no-length-norm", "--no-length-norm", "--official"),
     ("train_critic.py --official --nll-weight 0", "--nll-weight", "--official"),
     ("train_policy.py --trajectories x.jsonl", "--trajectories", "--algorithm sweet"),
-    ("train_policy.py --min-gap 0.1", "--min-gap", "--algorithm sweet"),
-    ("train_policy.py --algorithm multi-turn-dpo --gap 0", "--gap", "--algorithm multi-turn-dpo"),
-    ("train_policy.py --algorithm multi-turn-dpo --no-skip-last-turn", "--skip-last-turn",
+    ("train_policy.py --pairs-per-task 1", "--pairs-per-task", "--algorithm sweet"),
+    ("train_policy.py --algorithm multi-turn-dpo --pairs-per-state 1", "--pairs-per-state",
      "--algorithm multi-turn-dpo"),
     ("train_policy.py --algorithm rft --beta 0.1", "--beta", "--algorithm rft"),
     ("train_policy.py --algorithm rft --preferences x.jsonl", "--preferences", "--algorithm rft"),

@@ -43,7 +43,6 @@ class TwentyQuestions(Environment):
               "answered by yes or no; when you know the word, say it behind \"I WANT TO ANSWER:\".")
     presets = {
         "collect": {"tiny": dict(tasks="train", n_tasks=18, k=6, candidate_share=0.3)},
-        "train_critic": {"tiny": dict(min_gap=0.0)},
         "evaluate": {"tiny": dict(tasks="test", n_tasks=10)},
     }
     columns = {"found": percent("success")} | Environment.columns

@@ -27,7 +27,7 @@ def _dialogue(value, where):
 TRAJECTORY = {"task": dict, "dialogue_history": _dialogue, "answer?": str, "reward?": float, "sample?": COUNT,
               "system?": str, "max_turns?": FROM_1, "outcome?": str, "error?": str, "scores?": dict}
 TASK = {"problem_description": str, "ground_truth": str, "id?": str}
-STATE = {"id": str, "sample": COUNT, "turn": FROM_1, "max_turns?": FROM_1, "last_turn?": bool, "candidates": [str],
+STATE = {"id": str, "sample": COUNT, "turn": FROM_1, "max_turns?": FROM_1, "candidates": [str],
          "advantages": [float],
          "messages": [{"role": {"system", "user", "assistant"}, "content": str}]}
 CREDIT = {"policy": str, "id": str, "sample": COUNT, "weights?": str, "dialogue?": range(1 << 63), "turns": [

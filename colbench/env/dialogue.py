@@ -40,7 +40,7 @@ def prompt_messages(system: str, history: list[dict]) -> list[dict]:
 def states_with_candidates(trajectories: list[dict], agent_prompt: str) -> list[dict]:
     """The states at which candidates were sampled.
 
-    {"id", "sample", "turn" (from 1), "last_turn", "max_turns", "messages" (what the agent saw), "candidates" (exact
+    {"id", "sample", "turn" (from 1), "max_turns", "messages" (what the agent saw), "candidates" (exact
     duplicates dropped), "task"}. agent_prompt: the system prompt where a line has none.
     """
     states = []
@@ -53,7 +53,7 @@ def states_with_candidates(trajectories: list[dict], agent_prompt: str) -> list[
             if message.get("candidates"):
                 states.append({
                     "id": trajectory["id"], "sample": trajectory["sample"], "turn": turn,
-                    "last_turn": turn == max_turns, "max_turns": max_turns,
+                    "max_turns": max_turns,
                     "messages": prompt_messages(system, trajectory["dialogue_history"][:i]),
                     "candidates": list(dict.fromkeys(message["candidates"])), "task": trajectory["task"]})
     return states

@@ -37,7 +37,7 @@ EVALUATION_BYTES = 14.5e6  # JSON of evaluation episodes in one report; what doe
 TRAINING_BYTES = 4e6      # the same for training trajectories
 MAX_TRAINING = 1_000      # trajectories shown, those with ranked candidates first
 POINTS = 300              # points of a curve; longer logs are averaged
-CURVES = ("loss", "rewards/accuracies", "margin", "rewards/chosen", "rewards/rejected")
+CURVES = ("loss", "rewards/accuracies", "margin", "margin/nats", "log_ratio/chosen", "log_ratio/rejected")
 COLUMNS = {  # metric -> (heading, what it means); others are shown under their own name
     "success": ("success", "share of episodes in which every hidden test call passed"),
     "tests_passed": ("tests passed", "share of hidden test calls passed, mean over episodes"),

@@ -78,14 +78,15 @@ class Training:
     """
 
     def __init__(self, accelerator, args, output: Path, model, optimizer, weights: list[float], per_step: int, data,
-                 tokens: int | None, unit: str):
+                 tokens: int | None, unit: str, nats: tuple[float, float] | None = None):
         """weights: what each example counts in the mean of a batch (pairs of a state, say). per_step: examples a
         step. data: a hash of all that is learned from, a checkpoint goes on with the same only. tokens: in one epoch.
-        unit: for the plan."""
+        unit: for the plan. nats: −log π_ref of a message on average, and of what a margin is about."""
         from transformers import get_linear_schedule_with_warmup  # here, not above: it takes seconds to import
         self.accelerator, self.args, self.output = accelerator, args, output
         self.model, self.optimizer = model, optimizer
-        self.weights, self.per_step, self.data = weights, per_step, data
+        self.weights, self.per_step, self.data, self.nats = weights, per_step, data, nats
+        self.ratios, self.warned = [], False
         self.steps_per_epoch = -(-len(weights) // per_step)
         self.n_steps = args.epochs * self.steps_per_epoch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -100,6 +101,8 @@ class Training:
                 "steps": f"{self.n_steps} of {unit}, {args.epochs} epochs, learning rate {args.learning_rate:g}"
                          + f", {self.first} are done" * (self.first > 0),
                 "tokens": tokens and f"about {count(args.epochs * tokens)} in all",
+                "nats": nats and f"{nats[0]:.3g} a message under the base model; margins should stay below "
+                                 f"{nats[1]:.3g}",
                 "memory": tokens and training_memory(model, args.tokens_per_step, args.gradient_checkpointing),
                 "output": f"{output}; curves at any time: python -m colbench.look.report {args.run}"})
         training_mode(model)
@@ -136,7 +139,10 @@ class Training:
 
     def end_step(self, step: int) -> None:
         """Learning rate, log line, progress bar, checkpoint. UserError after five unsound steps in a row."""
+        if self.nats:
+            self.log.row["margin/nats"] = self.log.row["margin"] / self.nats[1]
         row = self.log.write(step, self.schedule.get_last_lr()[0])
+        self.warn_of_displacement(row)
         self.schedule.step()
         self.optimizer.zero_grad()
         diverged = self.log.unsound_in_a_row == 5
@@ -145,8 +151,21 @@ class Training:
                             self.data)
         if diverged:
             raise UserError(f"step {step}: {DIVERGED}")
-        self.bar.set_postfix(loss=row["loss"], accuracy=row.get("rewards/accuracies"), margin=row.get("margin"),
-                             skipped=row["skipped"])
+        shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin/nats": "margin/nats",
+                 "log-ratio of chosen": "log_ratio/chosen", "skipped": "skipped"}
+        self.bar.set_postfix({label: row[name] for label, name in shown.items() if row.get(name) is not None})
+
+    def warn_of_displacement(self, row: dict) -> None:
+        """Say once if the chosen messages have become less likely than under the base model, over 20 steps."""
+        if row.get("log_ratio/chosen") is None or not self.nats:
+            return
+        self.ratios = [*self.ratios[-19:], row["log_ratio/chosen"]]
+        fallen = -sum(self.ratios) / len(self.ratios)
+        if not self.warned and len(self.ratios) == 20 and fallen > 0.1 * self.nats[0]:
+            self.warned = True
+            self.bar.write(
+                f"warning: the chosen messages, {self.nats[0]:.3g} nats each under the base model, have become less "
+                f"likely by {fallen:.2g} (likelihood displacement): raise --nll-weight, or --beta", file=sys.stderr)
 
     def save(self, tokenizer) -> None:
         """Write `output`: adapter (or all weights), tokenizer, head, flags."""

@@ -10,11 +10,11 @@ from colbench.env.dialogue import states_with_candidates
 from colbench.env.hidden_info import with_hidden_info, without_hidden_info
 from colbench.lm.logps import candidate_trees, message_logps, message_means, pack, tree_tokens
 from colbench.run.errors import UserError
-from colbench.run.files import append_jsonl, repair_jsonl
+from colbench.run.files import append_jsonl, repair_jsonl, seed_of
 from colbench.run.settings import keep_settings, keep_weights, next_step, refuse_other, settings_file
 from colbench.train.judges import judge_scores, rollout_scores
 
-TRAINED, UNTRAINED = ("logprob", "regression", "value"), ("untrained", "judge", "rollout")  # critics
+TRAINED, UNTRAINED = ("logprob", "regression", "value"), ("untrained", "random", "judge", "rollout")  # critics
 
 
 def mean_log_ratio(logps: torch.Tensor, ref_logps: torch.Tensor, length_norm: bool = True) -> torch.Tensor:
@@ -35,6 +35,9 @@ def score_candidates(how, states: list[dict], tokenizer, model, reference_logps,
     prompts = without_c if how.no_hidden_info else with_c
     if how.critic == "rollout":
         return rollout_scores(how, environment, states, tokenizer, model)
+    if how.critic == "random":  # a control: what the policy stage does without a critic
+        return [[seed_of(how.seed, *state_key(state), k, "random critic") / 2**63
+                 for k, _ in enumerate(state["candidates"])] for state in states]
     if how.critic == "judge":
         candidates = [state["candidates"] for state in states]
         return judge_scores(reference_logps, tokenizer, prompts, candidates, how.tokens_per_step)

@@ -116,10 +116,10 @@ def train_and_rank(args, accelerator, environment, make_pairs, todo: str) -> Non
             everything = load_trajectories(args.trajectories, environment.check_task)
             everything = of_first_tasks(everything, args.max_trajectories)
             trajectories = [t for t in everything if "reward" in t]
-            pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, args.min_gap)
+            pairs = make_pairs(trajectories, args.pairs_per_task, args.seed)
             if not pairs:
-                raise UserError(f"{args.trajectories}: no pair to learn from (--min-gap {args.min_gap}); "
-                                "collect more, or lower it")
+                raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories "
+                                "of different reward; collect more")
             critic = Critic(args.vision_critic, args.lora_rank, load_in_4bit=args.load_in_4bit)
             train(args, accelerator, critic, pairs, turns_by_trajectory(trajectories, pairs, renderer, page_shown))
         else:

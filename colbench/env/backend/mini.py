@@ -1,10 +1,10 @@
 """The bundled mini benchmark: Backend Programming tasks made from a seed, small enough for a two-million-weight model.
 
-A shop wants the price of n items for d days. The request names two or three things the shop deals in; each of these
+A shop wants the price of n items for d days. The request names three or four things the shop deals in; each of these
 *hints* points to one of twenty *details* (porcelain -> insurance), and each detail of a task is one line of its hidden
 reference:
 
-    request    Please write quote(n, d), the price of n items for d days. We deal in porcelain and ferries. ...
+    request    Please write quote(n, d), the price of n items for d days. We deal in porcelain, ferries, ... .
     reference  def quote(n, d):
                    total = 0
                    total += 6 * n  # insurance
@@ -74,7 +74,7 @@ def _total(numbers: dict[str, int], n: int, d: int) -> int:
     return total
 
 
-def mini_task(split: str, index: int, seed: int = 0, details: tuple = (2, 3)) -> dict:
+def mini_task(split: str, index: int, seed: int = 0, details: tuple = (3, 4)) -> dict:
     """Task number `index` of a split; a pure function of its arguments.
 
     A task is never in both splits: its content decides. details: how many of them a task may have.

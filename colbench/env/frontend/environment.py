@@ -33,11 +33,11 @@ class Frontend(Environment):
     presets = {
         "collect": {"tiny": PLAY["tiny"] | dict(tasks="pages:train", k=5, candidate_share=0.3),
                     "llama": PLAY["llama"] | dict(tasks="data/frontend_tasks/train.jsonl", n_tasks=1000, k=6)},
-        "train_critic": {"tiny": dict(model=TINY, tokens_per_step=2048, max_tokens=2048, epochs=2, min_gap=0.1,
+        "train_critic": {"tiny": dict(model=TINY, tokens_per_step=2048, max_tokens=2048, epochs=2,
                                       learning_rate=3e-4, pairs_per_task=4),
-                         "llama": dict(max_tokens=16384, tokens_per_step=16384, min_gap=0.1)},
-        "train_policy": {"tiny": dict(model=TINY, min_gap=0.1, learning_rate=3e-4, nll_weight=1.0, gap=0.2, epochs=2),
-                         "llama": dict(min_gap=0.1, max_tokens=16384, tokens_per_step=16384)},
+                         "llama": dict(max_tokens=16384, tokens_per_step=16384)},
+        "train_policy": {"tiny": dict(model=TINY, learning_rate=3e-4, epochs=2),
+                         "llama": dict(max_tokens=16384, tokens_per_step=16384)},
         "evaluate": {"tiny": PLAY["tiny"] | dict(tasks="pages:test"),
                      "llama": PLAY["llama"] | dict(tasks="data/frontend_tasks/test.jsonl", n_tasks=500)},
     }
