@@ -37,7 +37,7 @@ from colbench.run.shards import shard_path, shards_hint
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
-        model="tiny", load_in_4bit=False, n_tasks=300, k=6, candidate_share=0.2, human="scripted",
+        model="tiny", load_in_4bit=False, n_tasks=300, k=6, candidate_share=0.1, human="scripted",
         parallel=256, max_new_tokens=96, batch_tokens=65536),
     "llama": dict(  # the paper: 15,000 trajectories, 16 candidates at a tenth of their turns
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, n_tasks=5000, k=3, candidate_share=0.1,

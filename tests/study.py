@@ -44,12 +44,21 @@ BEST_OF = (4, 16)
 # train_critic.py --critic rollout with twice as many dialogues a candidate as it plays: here they are the truth
 ROLLOUT = "import train_critic; from colbench.train import judges; judges.ROLLOUTS = 8; train_critic.main()"
 COPY = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
-SWEEP = {  # method -> its settings: flags of train_critic.py | flags of train_policy.py, or of the latter alone
-    "SWEET": ["|"],
-    "regression head": [f"{REGRESSION}|"],
-    "without length norm": ["--no-length-norm|"],
-    "rejection fine-tuning": ["--algorithm rft"],
-    "multi-turn DPO": ["--algorithm multi-turn-dpo"],
+SWEEP = {  # method -> six settings: flags of train_critic.py | flags of train_policy.py, or of the latter alone
+    "SWEET": ["--nll-weight 3|--beta 3 --nll-weight 0.3", "--nll-weight 1|--beta 1 --nll-weight 0.1 "
+              "--learning-rate 5e-4 --epochs 1 --batch-size 8", "|--beta 3 --nll-weight 0.1 "
+              "--learning-rate 5e-4 --epochs 1 --batch-size 8", "|--beta 3 --nll-weight 0.01",
+              "|--beta 3 --nll-weight 0.3", "|"],
+    "regression head": [f"{REGRESSION} --beta {beta} --learning-rate {lr}|" for beta in ("0.1", "1", "3")
+                        for lr in ("3e-4", "1e-3")],
+    "without length norm": [f"--no-length-norm --beta {beta} --nll-weight {w}|" for beta, w in (
+        ("0.1", "0.01"), ("0.3", "0.03"), ("0.3", "0.3"), ("1", "0.1"), ("1", "1"), ("3", "0.3"))],
+    "rejection fine-tuning": [f"--algorithm rft --learning-rate {lr} --epochs {epochs}" for lr, epochs in (
+        ("3e-4", 6), ("5e-4", 3), ("1e-3", 3), ("1e-3", 6), ("1e-3", 10), ("2e-3", 3))],
+    "multi-turn DPO": [f"--algorithm multi-turn-dpo --beta {beta} --nll-weight {w} --learning-rate {lr} --epochs {n}"
+                       for beta, w, lr, n in (("0.3", "0.3", "5e-4", 2), ("0.1", "0.3", "5e-4", 2),
+                                              ("0.1", "1", "1e-3", 2), ("0.1", "1", "1e-3", 4),
+                                              ("0.3", "1", "1e-3", 4), ("1", "1", "1e-3", 4))],
 }
 
 

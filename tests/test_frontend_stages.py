@@ -136,7 +136,7 @@ def test_vision_critic(finished, tmp_path):
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     assert stages.wait().returncode == -9 and not (tmp_path / "critic").exists(), "it ended before it could be killed"
-    assert "was begun with --beta 0.1, not 0.2" in refused("train_critic.py", *args, "--beta", 0.2)
+    assert "was begun with --beta 3.0, not 0.2" in refused("train_critic.py", *args, "--beta", 0.2)
     run("train_critic.py", *args)
     assert (tmp_path / "critic" / "adapter_model.safetensors").read_bytes() == wanted
     again = lines(tmp_path / "critic_log.jsonl")

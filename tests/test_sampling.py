@@ -40,8 +40,8 @@ def conversations():
     """Eight dialogues of different lengths, with none, one or two agent messages behind them."""
     turns = [{"role": "assistant", "content": "What is the rate?"}, {"role": "user", "content": "The rate is 12."},
              {"role": "assistant", "content": "Anything else?"}, {"role": "user", "content": "I don't know."}]
-    return [prompt_messages(SYSTEM, [{"role": "user", "content": task["problem_description"]}, *turns[:2 * (i % 3)]])
-            for i, task in enumerate(mini_tasks("train", 8))]
+    return [prompt_messages(SYSTEM, [{"role": "user", "content": task["problem_description"] + " Please." * i},
+                                     *turns[:2 * (i % 3)]]) for i, task in enumerate(mini_tasks("train", 8))]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from colbench.env.hidden_info import HIDDEN_INFO
 from stages import ROOT, lines, refused, run, start, wait
 from test_server import Server
 
-SMALL = ["--n-tasks", "12", "--k", "4"]
+SMALL = ["--n-tasks", "12", "--k", "4", "--candidate-share", "0.2"]
 FEW = ["--max-trajectories", "16", "--batch-size", "2"]  # of those 48
 CRITIC = ["--epochs", "4", "--learning-rate", "3e-4"]
 ANSWER = "I WANT TO ANSWER:\ndef f(x):\n    return x"
@@ -54,7 +54,7 @@ def test_files_of_a_run(finished):
         assert all(len(m["candidates"]) == 16 and m["candidates"][0] == m["output"] for m in turns if "candidates" in m)
     share = sum("candidates" in m for t in trajectories for m in t["dialogue_history"]) / sum(
         m["role"] == "assistant" for t in trajectories for m in t["dialogue_history"])
-    assert 0.15 < share < 0.25  # the preset's 0.2
+    assert 0.15 < share < 0.25  # asked for were 0.2
     for row in lines(finished / "preferences.jsonl"):
         assert len(row["candidates"]) == len(set(row["candidates"])) == len(row["advantages"])
     log = lines(finished / "critic_log.jsonl")

@@ -1,11 +1,11 @@
 """Makes colbench/env/backend/tiny/, the default: a Llama of two million weights that plays the mini benchmark badly.
 
-    python -m colbench.env.backend.make_tiny           # about half an hour on 2 idle cores
+    python -m colbench.env.backend.make_tiny           # 20 minutes on 2 idle cores
 
 It stands in for "Llama-3.1-8B-Instruct before RL" at a size that a laptop trains in minutes, and is made the way such
 a model comes about: by imitation of imperfect demonstrations. The demonstrator talks with the scripted human, knows
 what three of the six hints of a detail mean and of the others only roughly, one of five details; now and then it asks
-at random; it answers too early in one turn of ten, and when it has been told everything it often asks on all the
+at random; it answers too early in one turn of nine, and when it has been told everything it often asks on all the
 same. It wraps its messages in remarks that say nothing, of up to nine tokens before a question of four, up to six
 below code: length says nothing about worth. What it lacks is exactly what RL is to find: what exactly the other sixty
 hints mean, to wait until everything is known, and then to answer.
