@@ -67,7 +67,7 @@ def make_states(args):
     for _ in range(args.states):
         prompt = [rng.randrange(args.vocabulary) for _ in range(args.prompt)]
         candidates = [[rng.randrange(args.vocabulary) for _ in range(args.response)] for _ in range(16)]
-        pairs = draw_pairs([rng.random() for _ in candidates], rng, 4, 0.0)
+        pairs = draw_pairs([rng.random() for _ in candidates], rng, 4)
         used = sorted({k for pair in pairs for k in pair})
         states.append({"tree": (prompt, [], [candidates[k] for k in used]),
                        "pairs": [(used.index(a), used.index(b)) for a, b in pairs]})
