@@ -173,7 +173,7 @@ def test_four_bit_chat_model(tmp_path):
     (tmp_path / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trajectories()))
     flags = ["--run", tmp_path, "--model", folder, "--load-in-4bit", "--learning-rate", "2e-3", "--lora-rank", 8,
              "--batch-size", 1]
-    run("train_critic.py", *flags, "--epochs", 3)
+    run("train_critic.py", *flags, "--epochs", 3, "--beta", 0.1, "--nll-weight", 0.01)
     tree = tree_of(load_tokenizer(str(folder)))
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                       bnb_4bit_compute_dtype=torch.float32)
