@@ -30,9 +30,12 @@ def pytest_xdist_make_scheduler(config, log):
     return SharedRunsTogether(config, log)
 
 
+LONGEST = ("test_first_command_ends_with_the_table", "test_commands_that_need_no_gpu_and_no_hub_run_as_printed")
+
+
 def pytest_collection_modifyitems(items):
     """What takes longest comes first: the other workers go on meanwhile."""
-    items.sort(key=lambda item: "run_as_printed" not in item.name)
+    items.sort(key=lambda item: item.name not in LONGEST)
 
 
 def browser_program() -> str | None:

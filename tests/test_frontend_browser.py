@@ -183,7 +183,7 @@ def test_scripts_run_only_where_tailwind_needs_them(renderer, script):
 
 NOT_SHOWN = {"never called", "a condition", "no require in a browser", "an unknown name", "another variable",
              "not a script", "before", "object before", "Tailwind deferred", "overwritten", "commented out"}
-QUICK = ("an HTML comment", "script type=module", "variables", "a menu after it", "functions", "before")
+QUICK = ("script type=module", "variables", "before")
 
 
 @needs_browser

@@ -13,6 +13,7 @@ import pytest
 from colbench.env.contract import load_environment
 from colbench.run.errors import UserError
 from conftest import help_page
+from stages import refused, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("collect", "train_critic", "train_policy", "evaluate")
@@ -79,8 +80,9 @@ def twenty(tmp_path_factory):
     """A run folder in which the four scripts played twenty questions, each alone in a folder with colbench/; the
     table."""
     home = tmp_path_factory.mktemp("twenty")
-    sizes = {"collect": "--n-tasks 8 --k 4 --max-turns 5 --n-candidates 6", "train_critic": "--epochs 1",
-             "train_policy": "--epochs 1", "evaluate": "--max-turns 5"}
+    sizes = {"collect": "--n-tasks 8 --k 4 --max-turns 5 --n-candidates 6 --max-new-tokens 24",
+             "train_critic": "--epochs 1 --pairs-per-task 2", "train_policy": "--epochs 1 --pairs-per-state 1",
+             "evaluate": "--max-turns 5 --max-new-tokens 24"}
     for script, flags in sizes.items():
         alone = home / script
         shutil.copytree(ROOT / "colbench", alone / "colbench", ignore=shutil.ignore_patterns("__pycache__"))
@@ -114,11 +116,10 @@ def test_twenty_questions_runs_through_all_four_scripts_each_alone(twenty):
 
 def test_what_people_look_at_works_on_it_too(twenty):
     folder, _ = twenty
-    command = [sys.executable, "-m", "colbench.look.comparison", folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "10 episodes on 10 tasks" in done.stdout and "reward" in done.stdout
+    printed = run("-m", "colbench.look.comparison", folder).stdout
+    assert "10 episodes on 10 tasks" in printed and "reward" in printed
     (folder / "report.html").unlink()
-    subprocess.run([sys.executable, "-m", "colbench.look.report", folder], cwd=ROOT, check=True, capture_output=True)
+    run("-m", "colbench.look.report", folder)
     assert "I am thinking of a word with" in (folder / "report.html").read_text()
 
 
@@ -135,7 +136,5 @@ def test_a_file_that_is_no_environment_is_refused_in_one_line(tmp_path):
     path.write_text("from colbench.env.contract import Environment\nclass A(Environment):\n    pass\n")
     (tmp_path / "tasks.jsonl").write_text('{"problem_description": "x", "ground_truth": "y"}\n')
     flags = ["--env", path, "--run", tmp_path / "run", "--tasks", tmp_path / "tasks.jsonl"]
-    command = [sys.executable, "collect.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "give it a method `human`" in done.stderr.splitlines()[-1]
+    assert "give it a method `human`" in refused("collect.py", *flags)
     assert not (tmp_path / "run" / "trajectories.jsonl").read_text()

@@ -20,14 +20,7 @@ from colbench.lm.logps import message_logps
 from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
 from colbench.run.errors import UserError
 from smollm2 import smollm2
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*command, code=0):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, done.stdout[-1000:] + done.stderr[-3000:]
-    return done
+from stages import run
 
 
 def trajectories():

@@ -33,8 +33,8 @@ from colbench.lm.tokens import encode_dialogue
 from colbench.run.errors import UserError
 from reference_agent import ReferenceAgent, make_server
 from smollm2 import smollm2
+from stages import lines, run
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow  # a real model: minutes, and 93 MB to fetch
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SYSTEM = "You help a person to write a function. Ask for missing details, then answer."
@@ -83,17 +83,6 @@ def server(folder, tmp_path_factory):
     finally:
         process.kill()
         process.wait()
-
-
-def run(script, *args, code=0):
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=ROOT, env=OFFLINE,
-                          capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stdout[-1000:] + done.stderr[-3000:]
-    return done
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 # ---- (a) tokens -----------------------------------------------------------------------------------------------------

@@ -27,13 +27,11 @@ def without_clock(rows):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole small run, in processes that a shell might start."""
+    """A whole small run."""
     directory = tmp_path_factory.mktemp("run")
     for script, *args in (["collect.py", *SMALL], ["train_critic.py", *CRITIC], ["train_policy.py", "--epochs", "1"],
                           ["evaluate.py", "--n-tasks", "8"]):
-        done = subprocess.run([sys.executable, script, "--run", directory, *args], cwd=ROOT, capture_output=True,
-                              text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run(script, "--run", directory, *args)
     return directory
 
 
@@ -248,7 +246,8 @@ def test_critic_learns(finished):
 def test_displacement_is_told(finished, collected):
     """Without its NLL term and with a small β the loss makes the chosen messages less likely too: one line says so,
     and which flags help. With the preset's there is none."""
-    flags = ["--run", collected, "--preferences", finished / "preferences.jsonl", "--epochs", 3, "--batch-size", 8]
+    flags = ["--run", collected, "--preferences", finished / "preferences.jsonl", "--pairs-per-state", 2, "--epochs", 3,
+             "--batch-size", 4]
     done = run("train_policy.py", *flags, "--beta", 0.1, "--nll-weight", 0, "--learning-rate", "2e-3")
     told = [line for line in done.stderr.splitlines() if "likelihood displacement" in line]
     assert len(told) == 1 and "--nll-weight" in told[0] and "--beta" in told[0]
