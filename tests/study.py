@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -40,9 +41,12 @@ RANKERS = {"SWEET": "", "without hidden information": "--no-hidden-info", "value
            "untrained": "--critic untrained"}
 BASELINES = {"rejection fine-tuning": "rft", "multi-turn DPO": "multi-turn-dpo"}
 IMITATED, SECOND = "a+ imitated only", "a second round"
+LABELS = "labels instead of a critic"
 BEST_OF = (4, 16)
+PAGES = {"SWEET": "", "a+ drawn at random": "--critic random", "multi-turn DPO": None}  # Frontend Design
 # train_critic.py --critic rollout with twice as many dialogues a candidate as it plays: here they are the truth
 ROLLOUT = "import train_critic; from colbench.train import judges; judges.ROLLOUTS = 8; train_critic.main()"
+RANK_BY_LABEL = "import sys; sys.path.insert(0, 'tests'); import study; study.rank_by_label(*sys.argv[1:])"
 COPY = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
 SWEEP = {  # method -> six settings: flags of train_critic.py | flags of train_policy.py, or of the latter alone
     "SWEET": ["--nll-weight 3|--beta 3 --nll-weight 0.3", "--nll-weight 1|--beta 1 --nll-weight 0.1 "
@@ -105,6 +109,11 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
     ablations.append(policy(run, home / "sweet" / "preferences.jsonl", "--beta 0", *s))
     evaluate(ablations, IMITATED, [run / "policy"], "--policies", run / "policy")
 
+    run = home / folder_name(LABELS)
+    ablations += [(run / "preferences.jsonl", [data], ["-c", RANK_BY_LABEL, data, run / "preferences.jsonl"]),
+                  policy(run, run / "preferences.jsonl", "", *s)]
+    evaluate(ablations, LABELS, [run / "policy"], "--policies", run / "policy")
+
     run, first = home / folder_name(SECOND), home / "sweet" / "policy"
     model, again = run / "model", ["--model", run / "model", *s]
     ablations += [(model, [first], ["-m", "colbench.lm.merge", first, model]),
@@ -131,6 +140,20 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
             evaluate(rest, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n, "--critic", critic,
                      n=min(150, n_test))
     return main, ablations, critics, rest
+
+
+def jobs_of_pages(out: Path, seed: int) -> list[tuple]:
+    """Frontend Design: SWEET, the control and the baseline that it has, and all of them on held-out pages."""
+    home, s = out / f"pages{seed}", ["--env", "frontend", "--seed", seed]
+    data, policies = home / "data" / "trajectories.jsonl", [home / folder_name(row) / "policy" for row in PAGES]
+    jobs = [(data, [], ["collect.py", "--run", data.parent, *s])]
+    for flags, run in zip(PAGES.values(), (path.parent for path in policies)):
+        if flags is None:
+            jobs.append(policy(run, data, "--algorithm multi-turn-dpo", *s))
+        else:
+            jobs += [train_and_rank(run, data, flags, *s), policy(run, run / "preferences.jsonl", "", *s)]
+    command = ["evaluate.py", "--env", "frontend", "--run", home / "test", "--seed", 1000 + seed]
+    return [*jobs, (home / "test" / "metrics.json", policies, [*command, "--policies", "base", *policies])]
 
 
 def ranking_of(home: Path, row: str) -> Path:
@@ -251,6 +274,20 @@ def ranked_right(path: Path, trajectories: Path) -> dict[str, tuple[float, int]]
     return {name: (statistics.mean(values), len(values)) for name, values in found.items() if values}
 
 
+def rank_by_label(trajectories: str, preferences: str) -> None:
+    """Write what a critic without a fault would: ranks by `kind`, ties by chance."""
+    from colbench.env.data import load_trajectories
+    from colbench.env.dialogue import states_with_candidates
+    from colbench.env.hidden_info import without_hidden_info
+    Path(preferences).parent.mkdir(parents=True, exist_ok=True)
+    worth, rng = {"useful": 2, "right": 2, "useless": 1, "wrong": 0, "early": 0}, random.Random(0)
+    with open(preferences, "w", encoding="utf-8") as output:
+        for state in states_with_candidates(load_trajectories(trajectories), ""):
+            labels = [kind(state["task"], state["messages"], candidate) for candidate in state["candidates"]]
+            row = without_hidden_info(state) | {"advantages": [worth[one] + rng.random() for one in labels]}
+            output.write(json.dumps(row) + "\n")
+
+
 def rank_correlation(path: Path, truth_path: Path) -> float | None:
     """Mean rank correlation with rollouts within a held-out state, over those at which the rollouts differ."""
     if not (path.exists() and truth_path.exists()):
@@ -271,7 +308,7 @@ def ranks(values: list[float]) -> list[float]:
 
 
 def write_table(out: Path, seeds: list[int]) -> None:
-    rows = ["single turn", "zero-shot", *BASELINES, *CRITICS, IMITATED, SECOND]
+    rows = ["single turn", "zero-shot", *BASELINES, *CRITICS, IMITATED, LABELS, SECOND]
     rows += [f"best of {n} by {row}" for n in BEST_OF for row in RANKERS]
     text = ["| row | success on held-out mini tasks | difference to SWEET, paired over seeds | seeds |",
             "|---|---|---|---|"]
@@ -304,6 +341,13 @@ def write_table(out: Path, seeds: list[int]) -> None:
             pairs = [sum(share * n for share, n in three) / sum(n for _, n in three) for three in sums]
             tops = [of_seed["top"][0] for of_seed in by_seed if of_seed]
             text.append(f"| {row} | {interval(pairs)} | {interval(tops)} |")
+    text += ["", "| Frontend Design | pixel similarity | win rate against base | seeds |", "|---|---|---|---|"]
+    by_seed = [list(json.loads(path.read_text())["policies"].values())
+               for path in sorted(out.glob("pages*/test/metrics.json"))]
+    for row, metrics in zip(["base", *PAGES], zip(*by_seed)):
+        alike, wins = [m["similarity"] for m in metrics], [m["against"]["win_rate"] for m in metrics if "against" in m]
+        text.append(f"| {row} | {statistics.mean(alike):.3f} ± {half_width(alike):.3f} | {interval(wins)} | "
+                    f"{', '.join(f'{value:.3f}' for value in alike)} |")
     (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
     try:
@@ -381,7 +425,8 @@ def main():
     if not args.table:
         # the main rows of all seeds come first
         by_kind = zip(*(jobs_of_seed(args.out, seed, args.n_test) for seed in seeds))
-        run_jobs([job for of_seeds in by_kind for jobs in of_seeds for job in jobs], args.workers)
+        pages = [job for seed in seeds[:3] for job in jobs_of_pages(args.out, seed)]
+        run_jobs([job for of_seeds in by_kind for jobs in of_seeds for job in jobs] + pages, args.workers)
     write_table(args.out, seeds)
 
 

@@ -163,9 +163,10 @@ class Training:
         fallen = -sum(self.ratios) / len(self.ratios)
         if not self.warned and len(self.ratios) == 20 and fallen > 0.1 * self.nats[0]:
             self.warned = True
+            flags = "--beta" if getattr(self.args, "official", False) else "--nll-weight, or --beta"
             self.bar.write(
                 f"warning: the chosen messages, {self.nats[0]:.3g} nats each under the base model, have become less "
-                f"likely by {fallen:.2g} (likelihood displacement): raise --nll-weight, or --beta", file=sys.stderr)
+                f"likely by {fallen:.2g} (likelihood displacement): raise {flags}", file=sys.stderr)
 
     def save(self, tokenizer) -> None:
         """Write `output`: adapter (or all weights), tokenizer, head, flags."""
