@@ -59,7 +59,7 @@ PRESETS = {
         learning_rate=5e-5, epochs=1, batch_size=8, beta=0.1, nll_weight=0.01,
         pairs_per_task=0, tokens_per_step=8192, max_tokens=8192),
 }
-BASELINES = {("tiny", "multi-turn-dpo"): dict(batch_size=8, learning_rate=1e-3, epochs=4, beta=0.1),
+BASELINES = {("tiny", "multi-turn-dpo"): dict(batch_size=8, learning_rate=5e-4, beta=0.1, nll_weight=0.3),
              ("tiny", "rft"): dict(batch_size=8, learning_rate=1e-3, epochs=6)}
 
 

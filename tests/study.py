@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 TRAJECTORIES = 1800  # 300 tasks x 6, the preset of collect.py
 REGRESSION = "--critic regression"
-CRITICS = {  # row -> flags of train_critic.py; each also trains a policy
+CRITICS = {  # row -> flags of train_critic.py, the best of SWEEP; each also trains a policy
     "SWEET": "",
-    "regression head": REGRESSION,
+    "regression head": f"{REGRESSION} --beta 1 --learning-rate 1e-3",
     "without hidden information": "--no-hidden-info",
     "without length norm": "--no-length-norm",
     "untrained critic": "--critic untrained",
