@@ -74,7 +74,8 @@ def table(tables: list[tuple[str, dict]]) -> dict:
             "clean tasks are those that can be won." if {"fixed", "official"} <= {mode for _, mode in keys} else "")
     sections = [{"title": "", "rows": rows}, *evidence_sections([metrics for _, metrics in tables])]
     return {"names": [name for name, _ in tables], "sections": [s for s in sections if s["rows"]], "charts": charts,
-            "endings": [m.get("endings") or {} for _, m in tables], "note": note}
+            "endings": [{label: n for label, n in m.get("endings", {}).items() if is_number(n) and n > 0}
+                        for _, m in tables], "note": note}
 
 
 def cell(text: str, value=None, metric="", group=()) -> dict:
