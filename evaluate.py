@@ -18,8 +18,9 @@ under two scorers.
 which uses HIDDEN information c: no policy's score, but what the critic is worth (the paper's figure 3a).
 
 Writes RUN/episodes.jsonl (a line an episode, like trajectories.jsonl), RUN/metrics.json and RUN/report.html,
-to look at; with --critic also RUN/advantages.jsonl. Interrupted, the same command goes on, and plays again
-what an error had ended. What else there is to look at:
+to look at; RUN/episodes_clock.jsonl, what it took; with --critic also RUN/advantages.jsonl. With --k 4,
+metrics.json has pass^k and pass@k too. Interrupted, the same command goes on, and plays again what an error
+had ended. What else there is to look at:
 
     python -m colbench.look.comparison runs/a runs/b    # finished runs against each other, task by task
     python -m colbench.look.talk runs/tiny              # be the human yourself
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from colbench.env.data import episode_line, failed
 from colbench.env.dialogue import failures, keep_sound, play
+from colbench.env.evidence import Clock, evidence, evidence_remarks
 from colbench.env.flags import add_playing_flags, check_playing_flags, load_tasks, parse_flags, script_parser
 from colbench.lm.adapters import adapters_off, has_adapters
 from colbench.lm.load import context_length, load_model, load_tokenizer, prepare_machine, put_adapter
@@ -86,7 +88,9 @@ def main():
             done = {(line["id"], line["sample"]): line for line in lines if line["policy"] == name}
             bar = tqdm(total=sum(key[0] == name for key in missing), desc=name, unit="episode", smoothing=0)
             rewards = []
-            for episodes in converse(args, env, *players.seat(policy, env), todo, done):
+            agent, human, choose = players.seat(policy, env)
+            clock = Clock(args.episodes, name, (agent, getattr(human, "chat", None)))
+            for episodes in converse(args, env, agent, human, choose, todo, done):
                 sound = [e for e in episodes if not failed(e)]
                 scores = env.score([(e["task"], e["answer"]) for e in sound])
                 for episode, (reward, details) in zip(sound, scores, strict=True):
@@ -95,6 +99,7 @@ def main():
                 for episode in episodes:
                     episode["policy"] = name
                     append_jsonl(output, episode)
+                clock.batch(len(episodes))
                 lines += episodes
                 bar.update(len(episodes))
                 n = max(1, len(rewards))
@@ -204,6 +209,8 @@ def report(args, env, tasks: list[dict], lines: list[dict], order: list[tuple], 
     by_policy = {name: [line for line in lines if line["policy"] == name] for name in args.names.values()}
     trouble = failures(lines)
     evaluation = env.evaluation(by_policy, tasks, read_json(args.metrics))
+    for name, found in evidence(env, by_policy, args.episodes).items():
+        evaluation["policies"][name] |= found
     settings = {name: str(value) if isinstance(value, Path) else hide_password(value)
                 for name, value in vars(args).items() if name != "names"}
     settings["policies"] = [hide_password(policy) for policy in args.policies]
@@ -215,7 +222,9 @@ def report(args, env, tasks: list[dict], lines: list[dict], order: list[tuple], 
     print()
     for name, *cells in rows:
         print(f"{name:{widths[0]}}", *(f"{cell:>{n}}" for cell, n in zip(cells, widths[1:])), sep="  ")
-    print("", *env.remarks(evaluation, tasks), *filter(None, [trouble]), sep="\n")
+    print("", *env.remarks(evaluation, tasks), *evidence_remarks(evaluation["policies"]), sep="\n")
+    if trouble:
+        print(trouble)
     if args.critic and args.best_of == 1:
         add_credit(Path(args.run) / "advantages.jsonl", lines, args.critic, args.model, args.load_in_4bit,
                    load_tokenizer(args.model), model)

@@ -314,6 +314,13 @@ def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
     compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     text = capsys.readouterr().out
     assert "3 episodes on 3 tasks" in text and "33.3% -  66.7% =  -33.3%" in text and "wins 0, ties 2, losses 1" in text
+    assert "could show" in text and "human" not in text
+    for run, human in (("a", "scripted"), ("b", "http://localhost:8000/v1")):
+        (tmp_path / run / "episodes_args.json").write_text(json.dumps({"env": "backend", "human": human}))
+    compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
+    text = capsys.readouterr().out
+    assert f"the human differs, and with it the task: scripted in {tmp_path}/a; http://localhost:8000/v1 in" in text
+    assert "wins 0, ties 2, losses 1" in text
     with pytest.raises(UserError, match="two policies"):
         compare_runs([str(tmp_path / "a")])
     for run, values in {"c": [0.5, 0.2, 0.9], "d": [0.5, 0.6, 0.8]}.items():  # Frontend Design

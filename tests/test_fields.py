@@ -16,6 +16,7 @@ from colbench.env.backend.tasks import load_tasks
 from colbench.env.contract import environment_of_run
 from colbench.env.data import episode_line, load_trajectories, state_line
 from colbench.env.dialogue import states_with_candidates
+from colbench.env.evidence import evidence
 from colbench.env.frontend.environment import Frontend, load_opponent
 from colbench.lm.load import load_tokenizer
 from colbench.look.comparison import compare_runs
@@ -37,8 +38,8 @@ TASK = {"id": "a", "problem_description": "Write f.", "ground_truth": "def f(x):
         "test_cases": {"t1": "f(1)"}}
 DIALOGUE = [{"role": "user", "content": "Write f."},
             {"role": "assistant", "content": "What?", "output": "OUTPUT: What?", "input": "…", "tokens": 3,
-             "candidates": ["What?", "Why?"]},
-            {"role": "user", "content": "One.", "leaked": True},
+             "read": 20, "written": 6, "candidates": ["What?", "Why?"]},
+            {"role": "user", "content": "One.", "leaked": True, "cut": True},
             {"role": "assistant", "content": "I WANT TO ANSWER:\ndef f(x):\n    return x", "tokens": 9}]
 CALLS = {"passed": 0, "total": 1, "calls": ["wrong"], "expected": ["2"], "got": ["1"]}
 TRAJECTORY = {"task": TASK, "dialogue_history": DIALOGUE, "answer": "def f(x):\n    return x", "reward": 0.5, "id": "a",
@@ -52,6 +53,13 @@ CREDIT = {"policy": "base", "id": "a", "sample": 0, "critic": "c", "weights": "w
 PAGE = {"id": "a", "problem_description": "Make a page.", "ground_truth": "<html><body>x</body></html>"}
 SHOWN = EPISODE | {"task": PAGE, "scores": {"similarity": 0.5, "measure": "pixels", "renderer": "chromium",
                                             "screenshot": "screenshots/1.png", "note": "black"}}
+TOOK = {"policy": "base", "episodes": 1, "seconds": 0.5, "requests": 2, "retries": 1}
+COST = {"all": 30, "per_episode": 3, "per_solved": 4.5}
+EVIDENCE = {"endings": {"right": 1}, "human": {"replies": 2, "empty": 0.0, "cut": 0.5, "contradicting": 0.5,
+                                               "contradicting_95": [0.1, 0.9]},
+            "tokens": {"agent_read": COST, "uncounted": 1}, "clock": {"seconds": COST},
+            "could_have_shown": {"measure": "success", "to": "base", "difference": 0.5},
+            "repetitions": [{"k": 2, "pass^k": 0.5, "pass^k_95": [0, 1], "pass@k": 1, "pass@k_95": [0, 1]}]}
 LOG = {"step": 0, "loss": 0.7, "margin": 1.0, "skipped": 0, "tokens_per_second": 9.0, "peak_memory_gb": 0.1}
 
 
@@ -103,7 +111,9 @@ def readers():
         collect.print_summary(args(folder), lines)
 
     def evaluated(folder):
-        Backend.metrics(repair_jsonl(folder / "episodes.jsonl", episode_line(Backend, policy=True)), {})
+        lines = repair_jsonl(folder / "episodes.jsonl", episode_line(Backend, policy=True))
+        Backend.metrics(lines, {})
+        evidence(Backend, {"base": lines}, folder / "episodes.jsonl")
 
     def pages(folder):
         Frontend.metrics(repair_jsonl(folder / "episodes.jsonl", episode_line(Frontend, policy=True)))
@@ -123,12 +133,13 @@ def readers():
             evaluated, lambda folder: compare_runs([str(folder)]), report]),
         "episodes of pages": (SHOWN | {"policy": "other"}, SHOWN, [pages, report]),
         "advantages": (CREDIT, CREDIT, [report]),
+        "episodes_clock": (TOOK, TOOK, [report]),
         "critic_log": (LOG, LOG, [
             lambda folder: StepLog(Accelerator(cpu=True), folder / "critic_log.jsonl", 5), report])}
 
 
 FILES = ("tasks", "tasks of pages", "trajectories", "preferences", "episodes", "episodes of pages", "advantages",
-         "critic_log")
+         "episodes_clock", "critic_log")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("trajectories", "episodes")))
@@ -138,7 +149,7 @@ def test_any_value_in_any_field_works_or_is_told(readers, tmp_path, name):
     field; null is read as a missing field is."""
     before, good, read = readers[name]
     file, null = tmp_path / f"{name.split()[0]}.jsonl", {}
-    if name == "advantages":
+    if name in ("advantages", "episodes_clock"):
         append_jsonl(tmp_path / "episodes.jsonl", EPISODE)
 
     def told(line, reader):
@@ -164,6 +175,7 @@ def test_any_value_in_any_field_works_or_is_told(readers, tmp_path, name):
     ("episodes_args.json", {"env": "backend", "load_in_4bit": False, "temperature": 1.0, "max_new_tokens": 9}),
     ("training_args.json", {"critic": "logprob", "no_hidden_info": False, "tokens_per_step": 9, "vision_critic": "x"}),
     ("metrics.json", {"audit": {"tasks": "0", "flawed": {}}, "policies": {"base": {"success": 0.5}}}),
+    ("metrics.json", {"policies": {"base": EVIDENCE}}),
 ])
 def test_any_value_in_a_settings_file_works_or_is_told(tmp_path, name, good):
     append_jsonl(tmp_path / "episodes.jsonl", EPISODE)
@@ -177,7 +189,7 @@ def test_any_value_in_a_settings_file_works_or_is_told(tmp_path, name, good):
                 write_report(tmp_path / "report.html", [tmp_path])
             except UserError as error:
                 told = str(error)
-                assert value is not None or path[-1] in ("tasks", "flawed", "policies", "base"), path
+                assert value is not None or path[-1] in ("tasks", "flawed", "policies", "base") or len(path) > 3, path
                 assert re.match(rf"{file}: (.*{path[0]}|not what evaluate.py writes)|--env ", told), (path, value, told)
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from colbench.env.backend.environment import Backend
+from colbench.env.backend.mini import code
 from colbench.env.backend.score import Scorer
 from colbench.env.backend.tasks import load_tasks
 from colbench.env.dialogue import prompt_messages
+from colbench.env.evidence import evidence
 from colbench.env.hidden_info import HIDDEN_INFO
 from colbench.lm.adapters import add_lora
 from colbench.lm.load import load_model, load_tokenizer
@@ -68,6 +70,13 @@ class Watched:
         self.page.close()
 
 
+def rows_of(page):
+    """{label: texts of its cells} of the table."""
+    rows = [row for row in page.locator("#table tbody tr").all() if row.locator("td").count()]
+    texts = [[text.replace("\u00a0", " ") for text in row.locator("td").all_inner_texts()] for row in rows]
+    return {row.locator("th").inner_text(): cells for row, cells in zip(rows, texts)}
+
+
 def task(name, reference="def f(x):\n    y = x + 1  # one more\n    return y"):
     return {"id": name, "problem_description": f"Please write f for {name}.", "ground_truth": reference,
             "test_cases": {"t1": "f(1)", "t2": "f('<b>')"}}
@@ -119,7 +128,9 @@ def run(tmp_path):
 @needs_browser
 def test_table_filter_and_search(browser, run):
     rows = [json.loads(line) for line in open(run / "episodes.jsonl")]
-    metrics = {p: Backend.metrics([r for r in rows if r["policy"] == p]) for p in ("base", "runs/x/policy")}
+    by_policy = {p: [r for r in rows if r["policy"] == p] for p in ("base", "runs/x/policy")}
+    beside = evidence(Backend, by_policy, run / "episodes.jsonl")
+    metrics = {policy: Backend.metrics(of) | beside[policy] for policy, of in by_policy.items()}
     path = write_report(run / "report.html", [run], metrics)
     for scheme, width in (("light", 1200), ("dark", 390)):
         report = Watched(browser, path, viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -127,10 +138,14 @@ def test_table_filter_and_search(browser, run):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out on a phone
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (dark == "rgb(20, 22, 26)") == (scheme == "dark")
-        table = page.locator("#table").inner_text()
-        base, policy = table.split("runs/x/policy")
-        assert "10.3 %" in base and "33.3 %" in policy  # 3 of 29 sound episodes, 10 of 30
-        assert "success · fixed" in table and "success · official" in table and " .. " in table
+        table = rows_of(page)
+        # 3 of 29 sound episodes, 10 of 30; the official scorer passed none
+        assert [text.split("\n")[0] for text in table["success · fixed"]] == ["10.3 %", "33.3 %"]
+        assert [text.split("\n")[0] for text in table["success · official"]] == ["0.0 %", "0.0 %"]
+        assert " .. " in table["success · fixed"][0] and table["replies"] == ["29", "30"]
+        bars = [" ".join(bar.split()) for bar in page.locator(".endings .bar").all_inner_texts()]
+        assert bars == ["base 30 episodes right 3 wrong 25 agent failed 1 at the limit 1",
+                        "runs/x/policy 30 episodes right 10 wrong 20"]
         chips = ("all", "solved", "failed", "limit", "leaked", "error")
         counted = {chip: int(page.locator(f"#kind-{chip} span").inner_text()) for chip in chips}
         assert counted == {"all": 60, "solved": 13, "failed": 46, "limit": 1, "leaked": 1, "error": 1}
@@ -150,9 +165,79 @@ def test_table_filter_and_search(browser, run):
 def test_success_of_the_table_is_counted(browser, run):
     """Without metrics.json, as during an evaluation: 3 of 29 sound episodes of base, 10 of 30 of the policy."""
     report = Watched(browser, write_report(run / "report.html", [run]))
-    first = [row.locator("td").nth(1).inner_text().split("\n")[0]
-             for row in report.page.locator("#table tbody tr").all()]
-    assert first == ["10.3 %", "33.3 %"]
+    assert [text.split("\n")[0] for text in rows_of(report.page)["success · fixed"]] == ["10.3 %", "33.3 %"]
+    report.close()
+
+
+@needs_browser
+def test_what_is_equal_is_shown_once_and_nothing_is_cut_off(browser, tmp_path):
+    """Ten policies of long names at 1,400 px; scorers that agree on one of them, on all, or on none."""
+    share = lambda value: {"success": value, "success_95": [value - 0.1, value + 0.1]}  # noqa: E731
+    names = [f"runs/some-longer-name-{k}/policy" for k in range(10)]
+    costs = {name: {"all": 9e6, "per_episode": 12345.6, "per_solved": 23456.7} for name in ("agent_read", "human_read")}
+    repeated = [{"k": k, "tasks": 5, "pass^k": 0.4, "pass^k_95": [0.3, 0.5], "pass@k": 0.6, "pass@k_95": [0.5, 0.7]}
+                for k in (1, 2)]
+    metrics = {name: {"episodes": 500, "fixed": share(0.5), "official": share(0.4 if k else 0.5), "clean_tasks":
+                      {"episodes": 500} | share(0.5), "tokens": costs, "repetitions": repeated,
+                      "endings": {"right": 250, "too early": 200, "<i>": 50}} for k, name in enumerate(names)}
+    write_lines(tmp_path / "episodes.jsonl", [episode("a", "base", 2)])
+    report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path], metrics),
+                     viewport={"width": 1400, "height": 900})
+    page = report.page
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].every(s => s.scrollWidth <= s.clientWidth)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    bars = [" ".join(text.split()) for text in page.locator(".bars figure").first.locator(".bar").all_inner_texts()]
+    one = names[1]
+    assert bars[:3] == [f"{names[0]} 50.0 %", f"{one} · fixed, clean tasks 50.0 %", f"{one} · official 40.0 %"]
+    assert len(bars) == 19
+    table = rows_of(page)
+    assert [*table][:3] == ["success · fixed, clean tasks", "success · official", "episodes"]
+    assert table["pass^2"][0].split("\n") == ["40.0 %", "30.0 % .. 50.0 %"] and "pass^1" not in table
+    assert table["agent: read"][9].split("\n") == ["12,346", "23,457 a solved task"]
+    assert page.locator(".endings .bar").first.inner_text().split("\n")[-3:] == ["right 250", "too early 200", "<i> 50"]
+    report.close()
+
+
+@needs_browser
+def test_turn_by_turn_and_one_state(browser, tmp_path):
+    """Success and questions by hand; of the ranked states the one that tells most is drawn, beside c."""
+    rows = [episode(f"t{i}", "base", 2 * (i in (0, 1, 5)), ["What is added?"] * n)
+            for i, n in enumerate((1, 1, 1, 1, 2, 2))]  # two of four right after one question, one of two after two
+    texts = [f"What is {word}?" for word in "a b c d e f g h".split()]
+    for i, spread in ((4, 0.1), (5, 1.0)):
+        rows[i]["dialogue_history"][3] |= {"candidates": texts, "advantages": [spread * (3 - k) for k in range(8)]}
+    credit = [{"policy": "base", "id": f"t{i}", "sample": 0, "turns": [
+        {"advantage": value, "ratios": []} for value in (0.5 * i, -0.25)]} for i in (0, 1)]
+    write_lines(tmp_path / "episodes.jsonl", rows)
+    write_lines(tmp_path / "advantages.jsonl", credit)
+    report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path]))
+    data = json.loads(report.page.locator("#data").inner_text())
+    assert [(one["title"].split()[0], one["series"]) for one in data["turns"]] == [
+        ("Success", [{"label": "base", "steps": [2, 3], "values": [0.5, 0.5], "counts": [4, 2]}]),
+        ("Share", [{"label": "base", "steps": [1, 2], "values": [0.6667, 0.3333], "counts": [4, 2]}]),
+        ("Mean", [{"label": "base", "steps": [1, 2], "values": [0.25, -0.25], "counts": [2, 2]}])]
+    panels = report.page.locator("#turns figure")
+    assert panels.count() == 3 and panels.first.locator("circle").count() == 2
+    state = report.page.locator("#state")
+    assert state.locator(".turn").count() == 3 and "y = x + 1  # one more" in state.inner_text()
+    ranked = [text.split("\n")[0] for text in state.locator(".candidate").all_inner_texts()]
+    assert ranked == ["+3.00", "+2.00", "+1.00", "+0.00", "−1.00", "−2.00", "−3.00", "−4.00"]
+    state.get_by_text("the whole dialogue").click()
+    assert "t5" in report.page.locator("#detail .head").inner_text()
+    report.close()
+
+
+@needs_browser
+def test_replies_that_contradict_are_marked(browser, tmp_path):
+    mini = load_tasks("mini:test", 1)[0] | {"ground_truth": code("bill", {"customs": 5})}
+    odd = episode("m", "base", 1, ["What is the customs?"], task=mini)
+    odd["dialogue_history"][2]["content"] = "The customs is 6."
+    write_lines(tmp_path / "episodes.jsonl", [odd, episode("n", "base", 2)])
+    report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path]))
+    report.page.click("#kind-wrong")
+    assert report.items() == 1 and report.page.get_by_text("contradicts the reference").count() == 1
+    assert "misled by the human" in report.page.locator("#detail .head").inner_text()
+    assert rows_of(report.page)["contradict the reference"][0].startswith("50.0 %")
     report.close()
 
 
@@ -278,7 +363,7 @@ def test_training_run_shows_ranked_candidates(browser, tmp_path):
             write_lines(tmp_path / "trajectories.jsonl", [trajectory])
         report = Watched(browser, write_report(tmp_path / "report.html", [tmp_path]))
         report.page.get_by_text("3 candidates").click()
-        ranked = [row.split("\n") for row in report.page.locator(".candidate").all_inner_texts()]
+        ranked = [row.split("\n") for row in report.page.locator("#detail .candidate").all_inner_texts()]
         assert [row[0] for row in ranked] == ["+0.75", "+0.25", "−1.50"]
         assert [row[1].split("  ")[0] for row in ranked] == ["Why?", "What is added?", "Who are you?"]
         if there == "with its trajectory":
@@ -304,10 +389,15 @@ def test_thousand_episodes_are_small_and_drawn_lazily(browser, tmp_path):
     path = write_report(tmp_path / "report.html", [tmp_path], {})
     assert path.stat().st_size < 20e6
     report = Watched(browser, path)
+    times = []
+    for _ in range(3):  # the machine may be busy
+        report.page.reload()
+        times.append(report.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
+    assert min(times) < 2000, times  # ms, all scripts run
     assert report.items() < 100 and report.page.locator("#detail .turn").count() == 20
     assert report.page.locator("#kind-all span").inner_text() == "1000"
     report.search("t499 998", 1)
-    report.close()
+    report.close(requests=4)
 
 
 def test_what_does_not_fit_is_counted(tmp_path):

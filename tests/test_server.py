@@ -98,6 +98,11 @@ def completion(text, tokens=3, reason="stop", **more):
             "choices": [{"index": 0, "message": message, "finish_reason": reason}], **(usage if tokens else {})}
 
 
+def heard(text, tokens=3, thoughts="", cut=False):
+    """The Reply to a `completion`."""
+    return Reply(text, tokens, thoughts, tokens and (9, tokens), cut)
+
+
 @pytest.fixture
 def serve():
     servers = []
@@ -136,7 +141,7 @@ def test_one_request_per_seed_and_every_reply_in_its_place(serve):
     seeds = [[b * 100 + s + 2**62 for s in range(b % 4)] for b in range(12)]
     conversations = [[{"role": "system", "content": "short", "extra": 1}, *says(f"task {b}")] for b in range(12)]
     replies = chat.sample(conversations, seeds, temperature=0, max_new_tokens=77, stop=["END"])
-    assert replies == [[Reply(f"task {b}/{s}", 1 + s % 5) for s in row] for b, row in enumerate(seeds)]
+    assert replies == [[heard(f"task {b}/{s}", 1 + s % 5) for s in row] for b, row in enumerate(seeds)]
     assert sorted(body["seed"] for body in server.requests) == sorted(s for row in seeds for s in row)
     for body in server.requests:
         assert body["model"] == "second" and body["temperature"] == 0 and body["max_tokens"] == 77
@@ -177,7 +182,7 @@ def test_a_lost_request_loses_no_other(serve):
     for kind, row in zip(kinds, replies):
         for reply in row:
             if kind == "good":
-                assert reply == Reply("fine", 3)
+                assert reply == heard("fine")
             else:
                 assert isinstance(reply, Exception) and "\n" not in str(reply) and server.url in str(reply)
     words = {kind: str(row[0]) for kind, row in zip(kinds, replies)}
@@ -228,7 +233,7 @@ def test_a_reply_without_text_is_asked_for_once_more(serve, empty):
 
 def test_a_server_that_does_not_count_tokens(serve):
     server = serve(lambda body, earlier: (200, {}, completion("hi", tokens=None)))
-    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply("hi", None)]]
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[heard("hi", None)]]
 
 
 def part(kind, text, key="text"):
@@ -254,7 +259,7 @@ def part(kind, text, key="text"):
 def test_content_of_every_shape_and_thoughts_in_it_or_beside_it(serve, message, reply):
     server = serve(lambda body, earlier: (200, {}, completion(**({"text": message["content"]} | {
         name: value for name, value in message.items() if name != "content"}))))
-    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply(reply[0], 3, reply[1])]]
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[heard(reply[0], 3, reply[1])]]
 
 
 @pytest.mark.parametrize("message, words", [
@@ -305,14 +310,14 @@ def test_an_error_inside_a_200_is_the_status_that_it_names(serve, body, status, 
         ServerChat(server.url, "first", max_retries=0).check()
     mended = serve(lambda _, earlier: "hello" if earlier else (200, QUICK, body))
     [[reply]] = ServerChat(mended.url, "first", max_retries=2).sample([says("x")], [[1]])
-    assert (reply == Reply("hello", 3)) == (attempts > 1)
+    assert (reply == heard("hello")) == (attempts > 1)
 
 
 @pytest.mark.parametrize("body", [completion("hello") | {"error": None}, completion("hello") | {"error": ""},
                                   completion("hello") | {"code": 0, "message": "success"}])
 def test_a_completion_is_no_error(serve, body):
     server = serve(lambda _, earlier: (200, {}, body))
-    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply("hello", 3)]]
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[heard("hello")]]
 
 
 @pytest.mark.parametrize("body", [
@@ -340,7 +345,7 @@ def test_a_server_without_a_system_role(serve, status, words, capsys):
                 *says("b")]
     chat = ServerChat(server.url, "first", concurrency=6, max_retries=0)
     for _ in range(2):  # the first six find out at the same time, the next ones know
-        assert chat.sample([dialogue] * 3, [[1, 2]] * 3) == [[Reply("b", 3)] * 2] * 3
+        assert chat.sample([dialogue] * 3, [[1, 2]] * 3) == [[heard("b")] * 2] * 3
         assert sum(body["messages"][0]["role"] == "system" for body in server.requests) <= 6
     assert server.requests[-1]["messages"] == [*says("Ask.\n\nPlease."), *dialogue[2:]]
     assert capsys.readouterr().err.count("takes no system role") == 1
@@ -354,7 +359,7 @@ def test_a_server_without_system_role_and_seed_and_one_that_only_speaks_of_roles
     server = serve(behave)
     dialogue = [{"role": "system", "content": "Ask."}, *says("Please.")]
     chat = ServerChat(server.url, "first")
-    assert [chat.sample([dialogue], [[1]]) for _ in range(2)] == [[[Reply("hello", 3)]]] * 2
+    assert [chat.sample([dialogue], [[1]]) for _ in range(2)] == [[[heard("hello")]]] * 2
     assert "seed" not in server.requests[-1] and len(server.requests[-1]["messages"]) == 1
     assert capsys.readouterr().err.count("\n") == 2
     long = serve(lambda body, earlier: (400, {}, {"error": {"message": "too long: the role of a seed in a system"}})
@@ -377,7 +382,7 @@ def test_a_template_that_opens_the_thoughts_is_noticed_at_the_start(serve):
                                                              "stop")))
     chat = ServerChat(plain.url, "first")
     chat.check()
-    assert chat.sample([says("x")], [[1]]) == [[Reply("word word", 3)]]
+    assert chat.sample([says("x")], [[1]]) == [[heard("word word", cut=True)]]
 
 
 @pytest.mark.parametrize("longer, is_thought", [
@@ -393,7 +398,8 @@ def test_a_greeting_that_is_cut_before_any_tag_is_asked_for_at_length(serve, lon
     chat.check()
     assert [body["max_tokens"] for body in server.requests][:2] == [256, 4096]
     [[reply]] = chat.sample([says("x")], [[1]])
-    assert isinstance(reply, OnlyThoughts) == is_thought and (is_thought or reply == Reply("The hidden code says", 3))
+    assert isinstance(reply, OnlyThoughts) == is_thought
+    assert is_thought or reply == heard("The hidden code says", cut=True)
     server.requests.clear()
     chat.check()
     assert [body["max_tokens"] for body in server.requests][0] == 1
@@ -416,7 +422,7 @@ def test_an_answer_about_tags_makes_no_reply_a_thought(serve):
     server = serve(lambda body, earlier: (200, {}, completion("and so on", reason="length")) if last(body) == "x" else
                    answer)
     chat = ServerChat(server.url, "first", concurrency=1)
-    assert chat.sample([says("y"), says("x")], [[1], [1]]) == [[Reply(answer, 3)], [Reply("and so on", 3)]]
+    assert chat.sample([says("y"), says("x")], [[1], [1]]) == [[heard(answer, 3)], [heard("and so on", cut=True)]]
 
 
 @pytest.mark.parametrize("body, words", [
@@ -438,7 +444,7 @@ def test_the_words_of_an_error_that_is_no_object(serve, body, words):
 def test_a_refusal_of_the_system_role_in_any_shape(serve, status, body):
     server = serve(lambda sent, earlier: (status, {}, body) if sent["messages"][0]["role"] == "system" else last(sent))
     dialogue = [{"role": "system", "content": "Ask."}, *says("b")]
-    assert ServerChat(server.url, "first", max_retries=0).sample([dialogue], [[1]]) == [[Reply("Ask.\n\nb", 3)]]
+    assert ServerChat(server.url, "first", max_retries=0).sample([dialogue], [[1]]) == [[heard("Ask.\n\nb")]]
 
 
 @pytest.mark.parametrize("body", [
@@ -446,7 +452,7 @@ def test_a_refusal_of_the_system_role_in_any_shape(serve, status, body):
     [{"error": {"message": "Invalid value at 'generation_config.seed'"}}], {"detail": "seed is not known"}, "no seed"])
 def test_a_refusal_of_the_seed_in_any_shape(serve, body):
     server = serve(lambda sent, earlier: (422, {}, body) if "seed" in sent else "without")
-    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[Reply("without", 3)]]
+    assert ServerChat(server.url, "first").sample([says("x")], [[1]]) == [[heard("without")]]
 
 
 @pytest.mark.parametrize("status", [400, 422])
@@ -457,7 +463,7 @@ def test_a_server_without_seeds(serve, status, capsys):
     server = serve(behave)
     chat = ServerChat(server.url, "first", concurrency=6)
     for _ in range(2):  # the first six find out at the same time, the next ones know
-        assert chat.sample([says("x")] * 3, [[1, 2]] * 3) == [[Reply("without", 3)] * 2] * 3
+        assert chat.sample([says("x")] * 3, [[1, 2]] * 3) == [[heard("without")] * 2] * 3
         assert sum("seed" in body for body in server.requests) <= 6
     assert capsys.readouterr().err.count("refuses the seed") == 1
 
@@ -505,7 +511,7 @@ def test_check_settles_the_model(serve):
     chat.check()
     assert chat.model == "first" and last(server.requests[-1]) == "Hello"
     lazy = ServerChat(server.url)
-    assert lazy.sample([says("x")], [[1]]) == [[Reply("hello", 3)]] and lazy.model == "first"
+    assert lazy.sample([says("x")], [[1]]) == [[heard("hello")]] and lazy.model == "first"
     quiet = serve(models=404)  # a server that lists nothing is fine where the model is named
     ServerChat(quiet.url, "mine").check()
     assert quiet.requests[-1]["model"] == "mine"

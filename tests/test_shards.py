@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from colbench.lm.load import load_tokenizer
 from colbench.run.errors import UserError
 from colbench.run.shards import shard, shard_path, shards_hint
 from stages import refused, run
@@ -84,5 +85,15 @@ def test_evaluate_in_shards(tmp_path):
     assert [row for row in done.stdout.splitlines() if row.startswith("base ")] == [
         row for row in table.splitlines() if row.startswith("base ")]  # the table of the whole run
     assert (parts / "episodes.jsonl").read_bytes() == (whole / "episodes.jsonl").read_bytes()
-    got, expected = (json.loads((run_ / "metrics.json").read_text())["policies"] for run_ in (parts, whole))
-    assert got == expected
+    got, expected = (json.loads((run_ / "metrics.json").read_text())["policies"]["base"] for run_ in (parts, whole))
+    clock = [json.loads(line) for i in (1, 2) for line in lines(parts / f"episodes-{i}of2_clock.jsonl")]
+    assert got.pop("clock")["seconds"]["all"] == pytest.approx(sum(row["seconds"] for row in clock))
+    del expected["clock"]
+    assert got == expected and got["repetitions"][-1]["k"] == 2
+    played, tokenizer = list(map(json.loads, lines(whole / "episodes.jsonl"))), load_tokenizer("tiny")
+    assert sum(got["endings"].values()) == 10 and got["human"]["contradicting"] == 0
+    assert got["endings"].get("right", 0) == sum(episode["reward"] == 1 for episode in played)
+    prompts = [m["input"] for e in played for m in e["dialogue_history"] if m["role"] == "assistant"]
+    assert got["tokens"]["agent_read"]["all"] == sum(
+        len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts)
+    assert f"{got['tokens']['agent_read']['per_episode']:,.0f} tokens read" in table

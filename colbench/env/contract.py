@@ -9,8 +9,10 @@ A filling gives tasks, a human and a score; all else has a default. In the order
     answer               when an episode ends, and with which answer
     score                the reward of an answer, 0 to 1; 1 is success
     metrics, columns     what evaluate.py counts and prints
+    ending, contradicts  how an episode ended, in words; whether a reply of the human's cannot be true
 """
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +21,9 @@ from colbench.env.dialogue import answer_of
 from colbench.env.metrics import bootstrap, dialogue_metrics, success_rate
 from colbench.run.errors import UserError
 from colbench.run.settings import read_json
+
+RIGHT = "right"  # the ending of an episode that counts as solved
+CONTEXT_FULL = r"context|too long|too many tokens|token count|tokens? (limit|exceed)|must be <="  # in servers' words
 
 
 def percent(name: str):
@@ -110,6 +115,24 @@ class Environment:
                 **success_rate([r == 1 for r in rewards], tasks),
                 "reward": sum(rewards) / max(1, len(sound)), "reward_95": bootstrap(rewards, tasks),
                 **dialogue_metrics(sound)}
+
+    @classmethod
+    def ending(cls, line: dict) -> str:
+        """How an episode ended, in a few words of this environment; "right" counts as solved, whatever else there is.
+        It may look at the task and the dialogue, and says less where these do not tell."""
+        if failed(line):
+            error = str(line.get("error", line["outcome"]))
+            if error.startswith("human"):
+                return "simulator failed"
+            return "context full" if re.search(CONTEXT_FULL, error, re.IGNORECASE) else "agent failed"
+        if cls.has_success and line["reward"] == 1:
+            return RIGHT
+        return "at the limit" if line["outcome"] == "limit" else "wrong" if cls.has_success else "answered"
+
+    @classmethod
+    def contradicts(cls, task: dict, question: str, reply: str) -> bool | None:
+        """Whether the human's reply to the agent's message contradicts c. None: this environment cannot tell."""
+        return None
 
     def evaluation(self, by_policy: dict[str, list[dict]], tasks: list[dict], before: dict) -> dict:
         """What metrics.json holds: {"policies": {policy: metrics}} and more. before: what the file held."""

@@ -15,7 +15,7 @@ FAILED = "simulation_failed"  # the outcome of a dialogue that an error of agent
 
 def _dialogue(value, where):
     message = {"role": {"user", "assistant"}, "content?": str, "output?": str, "candidates?": [str], "tokens?": COUNT,
-               "leaked?": bool}
+               "read?": COUNT, "written?": COUNT, "cut?": bool, "leaked?": bool}
     messages = [{**found, "content": found.get("content", "")} for found in checked(value, [message], where)]
     if not messages:
         raise UserError(f"{where}: a list of messages is wanted, this is empty")

@@ -10,7 +10,7 @@ not looked through for these words, and no model sees it again.
 Collection and evaluation both go through `play`.
 """
 from colbench.env.data import FAILED, failed
-from colbench.lm.texts import MARKER
+from colbench.lm.texts import MARKER, kept_beside, spent_on
 from colbench.lm.tokens import render
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
@@ -117,6 +117,7 @@ def play(agent, human, todo, *, agent_prompt, answer=answer_of, max_turns=MAX_TU
         notes = getattr(human, "notes", None) if missing else None  # what else is kept of a message: its screenshot
         leaked = getattr(human, "leaked", None) if missing else None
         thoughts = getattr(human, "thoughts", None) if missing else None
+        about = getattr(human, "about", None) if missing else None
         for i, (episode, text) in enumerate(zip(asking, texts)):
             if notes and id(episode) not in records:
                 episode["dialogue_history"][-1] |= notes[i]
@@ -128,6 +129,7 @@ def play(agent, human, todo, *, agent_prompt, answer=answer_of, max_turns=MAX_TU
             else:
                 reply = {"role": "user", "content": text} | ({"leaked": True} if leaked and leaked[i] else {})
                 reply |= {"thoughts": thoughts[i]} if thoughts and thoughts[i] else {}
+                reply |= about[i] if about else {}
                 episode["dialogue_history"].append(reply)
         finished = [episode for episode in active if episode["outcome"] and id(episode) not in records]
         active = [episode for episode in active if not episode["outcome"]]
@@ -161,7 +163,8 @@ def _agent_turn(agent, episode: dict, prompt: list[dict], messages: list, max_tu
         episode["outcome"], episode["error"] = FAILED, f"agent: {type(error).__name__}: {error}"
         return
     content, output = said(messages[0].text)
-    turn = {"role": "assistant", "content": content, "output": output, "tokens": messages[0].tokens}
+    turn = {"role": "assistant", "content": content, "output": output}
+    turn |= kept_beside(messages[0]._replace(spent=spent_on(*messages)))  # all candidates were read and written
     tokenizer = getattr(agent, "tokenizer", None)
     turn["input"] = render(tokenizer, prompt) if tokenizer else None  # a server keeps its template to itself
     turn = {name: value for name, value in turn.items() if value is not None}  # as it is read from a file

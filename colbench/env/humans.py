@@ -6,7 +6,8 @@ Every human has `reply(tasks, histories, seeds) -> list[str | Exception]`:
     seeds      B ints
 It may have `leaked`, B bools: in which of its latest replies the first draft held code of the reference; `thoughts`, B
 texts of what it thought before it replied, which are kept and never shown to the agent; `notes`, B dicts that are kept
-with the agent's messages (a screenshot); and `repeatable`, whether equal calls give equal replies.
+with the agent's messages (a screenshot); `about`, B dicts that are kept with the replies themselves (what `kept_beside`
+gives); and `repeatable`, whether equal calls give equal replies.
 """
 import io
 import re
@@ -15,7 +16,7 @@ from collections import namedtuple
 from functools import lru_cache
 
 from colbench.lm.server import ServerChat, is_address
-from colbench.lm.texts import OnlyThoughts, reply_alone
+from colbench.lm.texts import OnlyThoughts, Reply, kept_beside, reply_alone, spent_on
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 from colbench.run.settings import hide_password
@@ -72,15 +73,17 @@ class ModelHuman:
             other_seeds = [seed_of(seeds[i], "again") for i in again]
             second = self._draw([prompts[i] for i in again], other_seeds, temperature=1.0)
             for i, draft in zip(again, second):
+                both = spent_on(drafts[i], draft)
                 if getattr(draft, "text", ""):  # else the first draft is the best there is
                     drafts[i] = draft
-                text = drafts[i].text
+                text, cut = drafts[i].text, drafts[i].cut
                 if leaks(text, references[i]):
                     self.cuts += 1
-                    text = cut_leak(text, references[i])
-                drafts[i] = drafts[i]._replace(text=text or UNKNOWN)
+                    text, cut = cut_leak(text, references[i]), True
+                drafts[i] = drafts[i]._replace(text=text or UNKNOWN, spent=both, cut=cut)
         self.leaked = leaking
         self.thoughts = [getattr(draft, "thoughts", "") for draft in drafts]
+        self.about = [kept_beside(draft) if isinstance(draft, Reply) else {} for draft in drafts]
         self.leaks += sum(leaking)
         self.replies += sum(not isinstance(draft, Exception) for draft in drafts)
         return [draft if isinstance(draft, Exception) else draft.text for draft in drafts]
@@ -95,7 +98,8 @@ class ModelHuman:
         # English has about four characters a token: half the characters as tokens is ample
         drafts = draw_replies(self.chat, prompts, seeds, temperature, max(16, self.max_characters // 2))
         return [draft if isinstance(draft, Exception) else
-                draft._replace(text=draft.text[:self.max_characters].strip()) for draft in drafts]
+                draft._replace(text=draft.text[:self.max_characters].strip(),
+                               cut=draft.cut or len(draft.text) > self.max_characters) for draft in drafts]
 
 
 def draw_replies(chat, prompts, seeds, temperature, max_new_tokens):
@@ -106,7 +110,8 @@ def draw_replies(chat, prompts, seeds, temperature, max_new_tokens):
     if longer and max_new_tokens < THINKING:
         more = draw_replies(chat, [prompts[i] for i in longer], [seeds[i] for i in longer], temperature, THINKING)
         for i, draft in zip(longer, more):
-            drafts[i] = draft
+            both = spent_on(drafts[i], draft)
+            drafts[i] = draft._replace(spent=both) if isinstance(draft, Reply) else draft
     return [draft if isinstance(draft, Exception) else draft._replace(text=reply_alone(draft.text)) for draft in drafts]
 
 

@@ -29,10 +29,47 @@ def bootstrap(values, tasks) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def mean_95(values, tasks) -> tuple[float, float]:
+    """95 % interval of a mean of values from 0 to 1: by `bootstrap`, or, where all are equal and a bootstrap has no
+    width, Wilson's for that many tasks."""
+    if len({*values}) > 1 or not len(values):
+        return bootstrap(values, tasks)
+    n = len({*tasks})
+    return wilson(values[0] * n, n)
+
+
 def paired(pairs: list[tuple[float, float]], tasks: list[str]) -> tuple[float, tuple[float, float]]:
     """(mean difference, its 95 % interval) of pairs of values, one pair an episode of a task."""
     differences = [float(a) - float(b) for a, b in pairs]
     return float(np.mean(differences)), bootstrap(differences, tasks)
+
+
+def pass_hat(c: int, n: int, k: int) -> float:
+    """pass^k of a task of which c of n episodes were right: the chance that k of them, drawn without putting back, all
+    are. Unbiased for p^k."""
+    return math.comb(c, k) / math.comb(n, k)
+
+
+def pass_at(c: int, n: int, k: int) -> float:
+    """pass@k likewise: the chance that at least one of k is right. Unbiased for 1 - (1 - p)^k."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def smallest_difference(values: list[float], tasks: list[str], samples: int = 1) -> float | None:
+    """The smallest true difference that a two-sided test at 5 % on these values finds in 80 % of all cases.
+
+    (1.960 + 0.842) standard errors of their mean, which is over tasks since episodes of one task are not independent.
+    values: paired differences; samples=2: of one of two equally large evaluations. None where they do not vary.
+    """
+    by_task = {}
+    for value, task in zip(values, tasks):
+        by_task.setdefault(task, []).append(value)
+    n, mean = len(by_task), sum(values) / max(1, len(values))
+    spread = sum(sum(value - mean for value in of_task) ** 2 for of_task in by_task.values())
+    if n < 2 or spread < 1e-12:
+        return None
+    error = math.sqrt(spread * n / (n - 1)) / len(values)  # of a mean over clusters
+    return (1.959964 + 0.841621) * error * math.sqrt(samples)
 
 
 def success_rate(wins: list[bool], tasks: list[str]) -> dict:

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from colbench.lm.adapters import adapters_off, base_of
 from colbench.lm.load import reach
 from colbench.lm.logps import attention_masks, logits_of
-from colbench.lm.texts import OnlyThoughts, Reply, clean, decoded
+from colbench.lm.texts import OnlyThoughts, Reply, clean, decoded, spent_on
 from colbench.lm.tokens import encode_dialogue, end_of_turn
 from colbench.run.files import seed_of
 
@@ -61,15 +61,17 @@ class LocalChat:
                    and (rows + 1) * (len(jobs[rows][0]) + n * jobs[rows][1]) <= self.batch_tokens):
                 rows += 1
             batch, jobs = jobs[:rows], jobs[rows:]
-            for (*_, i, j), messages in zip(batch, self._generate([job[:3] for job in batch], temperature)):
+            for (prompt, *_, i, j), messages in zip(batch, self._generate([job[:3] for job in batch], temperature)):
                 for k, ids in enumerate(messages, j):
                     text = decoded(self.tokenizer, [t for t in ids if t not in self.stops])
                     for mark in stop or ():
                         text = text.split(mark)[0]
                     text, thoughts = clean(text)
-                    replies[i][k] = Reply(text.strip(), len(ids), thoughts)
+                    spent = len(prompt), len(ids)
+                    replies[i][k] = Reply(text.strip(), len(ids), thoughts, spent, ids[-1] not in self.stops)
                     if thoughts and not text.strip():
-                        replies[i][k] = OnlyThoughts(f"a reply without text, {len(ids)} tokens that are all thoughts")
+                        replies[i][k] = OnlyThoughts(
+                            f"a reply without text, {len(ids)} tokens that are all thoughts", spent)
         # as ServerChat does it
         silent = [(i, k) for i, row in enumerate(replies) for k, one in enumerate(row) if isinstance(one, OnlyThoughts)]
         if silent and again:
@@ -77,7 +79,9 @@ class LocalChat:
             others = self.sample([conversations[i] for i, _ in silent], other_seeds, temperature, max_new_tokens, stop,
                                  again=False)
             for (i, k), [other] in zip(silent, others):
-                replies[i][k] = OnlyThoughts(f"{other}, twice") if isinstance(other, OnlyThoughts) else other
+                spent = spent_on(replies[i][k], other)
+                replies[i][k] = (OnlyThoughts(f"{other}, twice", spent) if isinstance(other, OnlyThoughts) else
+                                 other._replace(spent=spent))
         return replies
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ import sys
 import threading
 from urllib.parse import unquote, urlsplit
 
-from colbench.lm.texts import NoText, OnlyThoughts, Reply, clean, has_tag, thinks_first
+from colbench.lm.texts import NoText, OnlyThoughts, Reply, clean, has_tag, spent_on, thinks_first
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 from colbench.run.settings import hide_password
@@ -74,13 +74,22 @@ class ServerChat:
         self._takes = {}  # name in REFUSED -> whether the server takes it, once that is known
         self._greeted = False  # whether `check` had an answer
         self._thinks_first = False  # whether the server's template opens the thoughts of a reply
+        self.requests = self.retries = 0  # HTTP requests for messages so far; how many of them the client sent again
+        self._counting = threading.Lock()
         self._latest = False, False  # of the latest reply: does its first tag close thoughts; is it cut before any tag
         # a server that sends a byte now and then is never silent: this ends it. The client waits for a Retry-After of
         # up to 60 s
         self._patience = (max_retries + 1) * (timeout + 60)
         self._client = openai.OpenAI(base_url=parts.geturl(), api_key=api_key, max_retries=max_retries,
                                      timeout=openai.Timeout(timeout, connect=min(timeout, 10)),
-                                     http_client=http_client(parts, event_hooks={"response": [_at_its_word]}))
+                                     http_client=http_client(parts, event_hooks={
+                                         "request": [self._count], "response": [_at_its_word]}))
+
+    def _count(self, request):
+        if request.method == "POST":
+            with self._counting:
+                self.requests += 1
+                self.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
 
     def check(self):
         """Settle the model and sample a greeting from it. UserError if the server cannot be reached or refuses."""
@@ -145,6 +154,7 @@ class ServerChat:
 
     def _sample_one(self, messages, seed, temperature, max_new_tokens, stop):
         """A Reply or an Exception; never raises. A reply without text is asked for once more, with another seed."""
+        tries = []
         for used_seed in (seed, seed_of(seed, "again")):
             outcome = queue.SimpleQueue()
             arguments = (outcome, messages, used_seed, temperature, max_new_tokens, stop)
@@ -153,15 +163,18 @@ class ServerChat:
                 reply = outcome.get(timeout=self._patience)
             except queue.Empty:
                 return RuntimeError(f"{self.address}: no whole reply in {self._patience:.0f} s")
+            tries.append(reply)
+            if isinstance(reply, Reply):
+                return reply._replace(spent=spent_on(*tries))
             if not isinstance(reply, NoText):
                 return reply
-        return type(reply)(f"{reply}, twice")
+        return type(reply)(f"{reply}, twice", spent_on(*tries))
 
     def _attempt(self, outcome, *request):
         try:
             outcome.put(self._read(self._request(*request)))
         except NoText as error:
-            outcome.put(type(error)(self._words(error)))
+            outcome.put(type(error)(self._words(error), error.spent))
         except Exception as error:  # whatever it is, it must cost this one message and no other
             outcome.put(RuntimeError(self._words(error)))
 
@@ -219,6 +232,9 @@ class ServerChat:
                              + ("" if page else f" {response.text[:150]}")) from None
         for name in ("reasoning_content", "reasoning", "thinking", "thoughts", "reasoning_details"):
             beside = beside or "\n\n".join(filter(None, _parts(message.get(name))))
+        usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
+        read, written = (n if type(n) is int else None for n in map(usage.get, ("prompt_tokens", "completion_tokens")))
+        spent = None if None in (read, written) else (read, written)
         text, thoughts = _parts(content)
         first = thinks_first(text)
         self._latest = first, reason == "length" and not beside and bool(text.strip()) and not has_tag(text)
@@ -227,16 +243,15 @@ class ServerChat:
         text, inside = clean(text, opened=self._thinks_first and (first or reason == "length"))
         thoughts = "\n\n".join(filter(None, (beside, thoughts, inside)))
         if re.search(FAILED, str(reason), re.IGNORECASE):
-            raise NoText(f"a reply that broke off (finish reason: {reason})")
+            raise NoText(f"a reply that broke off (finish reason: {reason})", spent)
         if not text and refusal:
-            raise NoText(f"the model refuses: {refusal[0]}")
+            raise NoText(f"the model refuses: {refusal[0]}", spent)
         if not text and thoughts:
-            raise OnlyThoughts(f"a reply without text, all of it thoughts (finish reason: {reason})")
+            raise OnlyThoughts(f"a reply without text, all of it thoughts (finish reason: {reason})", spent)
         if not text:
             calls = ", a call of a tool" * bool(message.get("tool_calls") or message.get("function_call"))
-            raise NoText(f"a reply without text{calls} (finish reason: {reason})")
-        tokens = body["usage"].get("completion_tokens") if isinstance(body.get("usage"), dict) else None
-        return Reply(text, tokens if type(tokens) is int else None, thoughts)
+            raise NoText(f"a reply without text{calls} (finish reason: {reason})", spent)
+        return Reply(text, written, thoughts, spent, reason == "length")
 
     def _words(self, error):
         """The error in one line, with the address and without key, password or query."""

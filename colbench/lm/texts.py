@@ -12,12 +12,17 @@ from functools import lru_cache
 
 MARKER = "I WANT TO ANSWER:"  # what stands behind it in an agent's message is the answer (colbench/env/dialogue.py)
 
-# text: what is said; tokens: how many were generated, or None where a server does not say; thoughts: may be ""
-Reply = namedtuple("Reply", "text tokens thoughts", defaults=("",))
+# text: what is said; tokens: how many were generated, or None where a server does not say; thoughts: may be "";
+# spent: (tokens read, tokens written) for it and for earlier tries, or None; cut: whether the bound on tokens ended it
+Reply = namedtuple("Reply", "text tokens thoughts spent cut", defaults=("", None, False))
 
 
 class NoText(RuntimeError):
-    """A reply that says nothing."""
+    """A reply that says nothing. spent: as a Reply's."""
+
+    def __init__(self, message, spent=None):
+        super().__init__(message)
+        self.spent = spent
 
 
 class OnlyThoughts(NoText):
@@ -58,6 +63,23 @@ HEADER = (rf"<\|(?:start_header_id|im_start|start|start_of_role|role_start)\|>\s
 START = re.compile(rf"\A\s*(?:(?:{HEADER}|{MARK})\s*)*(?:(?:assistant|model)[ \t]*\n+)?", re.I)
 END = re.compile(rf"(?:</s>|{MARK})\s*\Z", re.I)
 NEXT_TURN = re.compile(rf"(?:</s>|{MARK})\s*(?:{HEADER}|{ROLE}[ \t]*\n)", re.I)
+
+
+def spent_on(*replies) -> tuple[int, int] | None:
+    """(tokens read, tokens written) for these replies and errors together; None where a reply does not say."""
+    known = [reply.spent for reply in replies if hasattr(reply, "spent")]  # no other error came out of a model
+    return None if None in known else (sum(read for read, _ in known), sum(written for _, written in known))
+
+
+def kept_beside(reply: Reply) -> dict:
+    """What is kept beside a message: {"tokens" (its own), "read" and "written" (to get it, with all tries), "cut"}.
+
+    "written" only where it is not "tokens", "cut" only where it is true; none of what a server does not say.
+    """
+    read, written = reply.spent or (None, None)
+    found = {"tokens": reply.tokens, "read": read, "written": None if written == reply.tokens else written,
+             "cut": reply.cut or None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def clean(raw: str, opened: bool = False) -> tuple[str, str]:

@@ -25,6 +25,9 @@ from urllib.parse import quote
 
 from colbench.env.contract import environment_of_run
 from colbench.env.data import CREDIT, episode_line, failed, number_samples, state_line, trajectory_line
+from colbench.env.evidence import evidence
+from colbench.look.table import EVIDENCE, table
+from colbench.look.turns import add_turns, is_of, mean, short_name, state_shown
 from colbench.run.errors import UserError, run_main
 from colbench.run.fields import COUNT, checked, is_number
 from colbench.run.files import dialogue_hash, read_so_far, write_aside
@@ -38,21 +41,6 @@ TRAINING_BYTES = 4e6      # the same for training trajectories
 MAX_TRAINING = 1_000      # trajectories shown, those with ranked candidates first
 POINTS = 300              # points of a curve; longer logs are averaged
 CURVES = ("loss", "rewards/accuracies", "margin", "margin/nats", "log_ratio/chosen", "log_ratio/rejected")
-COLUMNS = {  # metric -> (heading, what it means); others are shown under their own name
-    "success": ("success", "share of episodes in which every hidden test call passed"),
-    "tests_passed": ("tests passed", "share of hidden test calls passed, mean over episodes"),
-    "similarity": ("similarity", "of the answer's picture to the reference's, cosine, mean over episodes"),
-    "win_rate": ("win rate", "share of answers closer to the reference than the opponent's; ties count half"),
-    "no_page": ("no page", "share of answers that could not be rendered"),
-    "turns": ("turns", "agent messages an episode"),
-    "tokens_a_message": ("tokens a message", "as the agent's model counts them"),
-    "answered_at_limit": ("at the limit", "share of episodes whose last turn came without the answer marker"),
-    "leak_rate": ("leaks", "share of human replies whose first draft held code of the reference"),
-    "episodes": ("episodes", "episodes that ended without an error"), "errors": ("errors", "dialogues that broke off"),
-}
-PERCENT = {"success", "tests_passed", "answered_at_limit", "leak_rate", "win_rate", "wins", "ties", "no_page"}
-
-
 LOG = {"step": COUNT, "tokens_per_second?": float, "peak_memory_gb?": float}
 LINES = {"trajectories": trajectory_line(), "preferences": state_line, "advantages": CREDIT,
          "episodes": episode_line(SimpleNamespace(scores={}), policy=True)}  # of any environment
@@ -62,7 +50,8 @@ def write_report(output, runs, metrics=None, episodes=None) -> Path:
     """Write the report of some run folders to `output`. metrics ({policy: what evaluate.py knows of it}) and episodes
     (rows) stand in for the files of the first run. UserError: nothing to show in a folder, or a broken line."""
     output, runs = Path(output), [Path(run) for run in runs]
-    data = {"runs": [], "intro": [], "notes": [], "curves": [], "tasks": [], "systems": [], "episodes": [], "first": 0}
+    data = {"runs": [], "intro": [], "notes": [], "curves": [], "tasks": [], "systems": [], "episodes": [], "first": 0,
+            "turns": [], "state": None}
     tables, index = [], {"tasks": {}, "systems": {}}
     for number, run in enumerate(runs):
         files = {name: read_so_far(run / f"{name}.jsonl", kind) for name, kind in LINES.items()}
@@ -86,11 +75,12 @@ def write_report(output, runs, metrics=None, episodes=None) -> Path:
         base = os.path.relpath(run.resolve(), output.resolve().parent)
         add_evaluation(data, index, files, prefix, run, base, EVALUATION_BYTES / len(runs))
         add_training(data, index, files, prefix, run, base, TRAINING_BYTES / len(runs))
+        add_turns(data, files, prefix, run)
     data["table"] = table(tables)
     advantages = sorted(abs(a) for e in data["episodes"] for t in e["turns"]
                         for a in [t.get("advantage"), *(c[1] for c in t.get("candidates", []))] if a is not None)
     data["scale"] = advantages[int(0.95 * (len(advantages) - 1))] if advantages else 1.0  # full colour from here on
-    data["first"] = first_shown(data["episodes"])
+    data["first"], data["state"] = first_shown(data["episodes"]), state_shown(data["episodes"])
     intro = ("An agent talks with a simulated human who alone knows the reference; only the final answer is scored, by "
              f"{environment_of_run(runs[0]).scored_by}.")
     if advantages:
@@ -124,88 +114,29 @@ def finite(value):
     return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-# ---- the table and the bars
+# ---- the numbers
 
 
 def metrics_so_far(run: Path, environment, episodes: list[dict]) -> dict:
     """{policy: metrics} of metrics.json, or where an evaluation is still going on, from its episodes."""
     path = run / "metrics.json"
     if not path.exists():
-        return metrics_of_unfinished(environment, episodes)
+        return metrics_of_unfinished(environment, episodes, run / "episodes.jsonl")
     found = read_json(path).get("policies", {})
     if not found or not all(isinstance(values, dict) for values in found.values()):
         raise UserError(f"{path}: not what evaluate.py writes; delete it and run evaluate.py again")
-    return found
+    return {name: checked(values, EVIDENCE, f"{path}: policies: {name}") for name, values in found.items()}
 
 
-def metrics_of_unfinished(environment, episodes: list[dict]) -> dict:
+def metrics_of_unfinished(environment, episodes: list[dict], path: Path) -> dict:
     """The same of an evaluation that is still going on."""
     if not all(failed(line) or is_of(environment, line) for line in episodes):
         return {}
-    return {policy: environment.metrics([line for line in episodes if line["policy"] == policy])
-            for policy in dict.fromkeys(line["policy"] for line in episodes)}
-
-
-def is_of(environment, line: dict) -> bool:
-    """Whether the scores are this environment's; nothing in the folder may say which one it is."""
-    try:
-        return bool(checked(line.get("scores", {}), environment.scores, "scores") or not environment.scores)
-    except UserError:
-        return False
-
-
-def table(tables: list[tuple[str, dict]]) -> dict:
-    """Rows, columns and charts for the page, from [(name, metrics)]. A number beside a NAME_95 has an interval."""
-    found, keys = [], {}
-    for name, metrics in tables:
-        flat = {}
-        for key, value in metrics.items():
-            single = {key: value, f"{key}_95": metrics.get(f"{key}_95")}
-            for mode, group in [(key.replace("_", " "), value) if isinstance(value, dict) else ("", single)]:
-                for metric, number in group.items():
-                    if is_number(number):
-                        flat[metric, mode] = (number, group.get(f"{metric}_95"))
-        found.append((name, flat))
-        keys |= dict.fromkeys(flat)
-    order = list(COLUMNS)
-    keys = sorted(keys, key=lambda k: order.index(k[0]) if k[0] in order else len(order))
-    rows = []
-    for name, flat in found:
-        cells = []
-        for key in keys:
-            number, interval = flat.get(key, (None, None))
-            pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))
-            interval = interval if pair else None
-            cells.append(None if number is None else {
-                "value": number, "text": shown_number(key[0], number), "interval": interval,
-                "interval_text": interval and " .. ".join(shown_number(key[0], end) for end in interval)})
-        rows.append({"name": name, "cells": cells})
-    charts = []
-    for metric in dict.fromkeys(metric for metric, _ in keys):
-        columns = [i for i, key in enumerate(keys) if key[0] == metric]
-        if any(row["cells"][i] and row["cells"][i]["interval"] for row in rows for i in columns):
-            title = COLUMNS.get(metric, (metric.replace("_", " "),))[0].capitalize()
-            charts.append({"title": f"{title}, 95 % interval", "columns": columns})
-    columns = [{"label": " \u00b7 ".join(filter(None, (COLUMNS.get(m, (m.replace("_", " "),))[0], mode))), "mode": mode,
-                "help": COLUMNS.get(m, (m, m))[1]} for m, mode in keys]
-    modes = {mode for _, mode in keys}
-    note = ("Both scorer modes: fixed runs the answer in one namespace, official applies the released code's scoping "
-            "and keyword rules." if {"fixed", "official"} <= modes else "")
-    return {"columns": columns, "rows": rows, "charts": charts, "note": note}
-
-
-def shown_number(metric: str, number: float) -> str:
-    if metric in PERCENT:
-        return f"{100 * number:.1f} %"
-    return f"{number:.0f}" if float(number).is_integer() else f"{number:.3g}" if abs(number) < 1 else f"{number:.1f}"
-
-
-def short_name(policy: str, run: Path) -> str:
-    """A policy's name without the folder of its run."""
-    try:
-        return str(Path(policy).relative_to(run))
-    except ValueError:
-        return policy
+    by_policy = {}
+    for line in episodes:
+        by_policy.setdefault(line["policy"], []).append(line)
+    beside = evidence(environment, by_policy, path)
+    return {policy: environment.metrics(lines) | beside[policy] for policy, lines in by_policy.items()}
 
 
 # ---- curves
@@ -230,11 +161,6 @@ def curve(stage: str, label: str, rows: list[dict]) -> dict:
         facts.append(f"peak memory {last['peak_memory_gb']:.1f} GB")
     steps = [row["step"] for row in rows[::size]]
     return {"stage": stage, "label": label, "steps": steps, "values": values, "note": ", ".join(facts)}
-
-
-def mean(values: list) -> float | None:
-    present = [v for v in values if v is not None]
-    return sum(present) / len(present) if present else None
 
 
 def buckets(values: list, size: int) -> list:
@@ -349,10 +275,14 @@ def shown_episode(data, index, environment, line, source, base, credit, ranked) 
                     turn["candidates"] = ranking(*zip(*credit[n - 1]["candidates"]), message)
         if message.get("leaked"):
             turn["leaked"] = True
+        if message["role"] == "user" and turns and task.get("ground_truth") and environment.contradicts(
+                task, str(turns[-1]["text"]), message["content"]):
+            turn["wrong"] = True
         if message.get("screenshot"):
             turn["picture"] = address(message["screenshot"], base)
         turns.append(turn)
-    score = environment.details(line) if is_of(environment, line) else {}
+    ours = is_of(environment, line)
+    score = environment.details(line) if ours else {}
     if score.get("picture"):
         turns[-1]["picture"] = address(score["picture"], base)
     if score.get("reference_picture"):
@@ -366,6 +296,8 @@ def shown_episode(data, index, environment, line, source, base, credit, ranked) 
     episode = {"source": source, "task": number, "name": line.get("id") or "", "sample": line.get("sample") or 0,
                "system": system, "outcome": str(line.get("outcome") or "answered")[:200], "reward": line.get("reward"),
                "solved": None, "turns": turns, "leaked": any("leaked" in turn for turn in turns)}
+    if failed(line) or ours and "reward" in line:
+        episode["ending"] = environment.ending(line)
     if line.get("error") or episode["outcome"].startswith("error"):  # the dialogue broke off
         episode["error"] = cut(line.get("error") or line["outcome"])["text"]
     kept = ("solved", "share", "verdicts", "note", "measure", "official")

@@ -1,6 +1,9 @@
 """Backend Programming: the agent writes a Python function whose details only the human knows; hidden tests score it."""
+import re
+
 from colbench.env.backend.audit import flaws
-from colbench.env.backend.human import make_human
+from colbench.env.backend.human import contradicts, make_human
+from colbench.env.backend.mini import details_of
 from colbench.env.backend.score import Scorer, share, success
 from colbench.env.backend.tasks import check_task, load_tasks
 from colbench.env.contract import Environment, percent
@@ -46,6 +49,7 @@ class Backend(Environment):
               "official": {"passed": COUNT, "total": COUNT}, "sandbox": str, "note?": str}
     scored_by = "hidden test calls"
     check_task, tasks = staticmethod(check_task), staticmethod(load_tasks)
+    contradicts = staticmethod(contradicts)
 
     @classmethod
     def add_flags(cls, parser, stage):
@@ -91,6 +95,23 @@ class Backend(Environment):
             result["clean_tasks"] = {"episodes": len(clean)} | success_rate(wins, [line["id"] for line in clean])
         return result | dialogue_metrics(sound) | {
             "leak_rate": leak_rate(sound), "sandbox": sorted({line["scores"]["sandbox"] for line in sound})}
+
+    @classmethod
+    def ending(cls, line):
+        """Of the mini benchmark the numbers of all details are known, so a wrong answer is told apart: the human had
+        said a wrong number, or not yet all of them, or all."""
+        label = super().ending(line)
+        details = details_of(line["task"]["ground_truth"]) if label == "wrong" else None
+        if details is None:
+            return label
+        history = line["dialogue_history"]
+        replies = [m["content"] for m in history[1:] if m["role"] == "user"]
+        if any(contradicts(line["task"], question["content"], reply["content"])
+               for question, reply in zip(history[1:], history[2:]) if reply["role"] == "user"):
+            return "misled by the human"
+        told = all(any(re.search(rf"\b{name}\b", reply) and re.search(rf"\b{number}\b", reply) for reply in replies)
+                   for name, number in details.items())
+        return "wrong though all was told" if told else "answered too early"
 
     def evaluation(self, by_policy, tasks, before):
         audit = flaws(tasks, before.get("audit"), getattr(self.args, "allow_weak_sandbox", False))

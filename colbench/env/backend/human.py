@@ -5,6 +5,7 @@ import tokenize
 from collections import namedtuple
 from functools import lru_cache
 
+from colbench.env.backend.mini import DETAILS, details_of
 from colbench.env.humans import UNKNOWN, chat_human, leaks, python_tokens
 
 HUMAN_PROMPT = """\
@@ -178,3 +179,69 @@ def _constants(reference):
             if isinstance(value, (int, float)) or isinstance(value, str) and 0 < len(value) <= 80 and "\n" not in value:
                 words = " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)).lower()
                 yield node.lineno, words, f"The {words} is {value}."
+
+
+# ---- whether a reply can be true
+
+WORDS = {word: str(n) for n, word in enumerate(  # no "one": "the first one"
+    "zero - two three four five six seven eight nine ten eleven twelve".split()) if word != "-"}
+BOUND = re.compile(r"\b(?:after|than|above|over|below|under|beyond|least|most|every|first|per|up to|by|minus) \d+")
+NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+NAME = re.compile(r"(?<!\w)[\"'“‘`]([^\"'”’`\n]{1,60})[\"'”’`](?!\w)|"  # in quotes, or as code spells it
+                  r"\b([A-Za-z]+_\w+|[a-z]+[A-Z]\w*|(?!OK\b)[A-Z]{2,}\d*)\b")
+DONT_KNOW = re.compile(r"\b(?:don[’']?t|do not|not|can[’']?t|cannot|no) (?:know|sure|say|idea)\b", re.IGNORECASE)
+
+
+def contradicts(task, question, reply):
+    """Whether the reply to the agent's message cannot be true by the task's reference.
+
+    Of the mini benchmark the numbers of all details are known, and the scripted human is the judge: a reply contradicts
+    if it gives a detail another number, or does not know what that one knows. Elsewhere it does if a number or a name
+    in it (in quotes, or spelled as code is) stands neither in the reference nor in the request nor in the question, a
+    number also not as a percentage or as the neighbour of a bound. That is less than to be wrong: a number that stands
+    elsewhere in the reference passes.
+    """
+    reference, asked = task["ground_truth"], f"{task['problem_description']} {question}"
+    details = details_of(reference)
+    if details is not None:
+        return _contradicts_mini(details, answer(reference, question), _numbers(f"{reference} {asked}"), reply)
+    words = f"{reference} {asked}".lower()
+    names = [(quoted or plain).strip(" .,;:!?").lower() for quoted, plain in NAME.findall(reply)]
+    return not _numbers(reply) <= _numbers(asked) | _true_numbers(reference) or not all(name in words for name in names)
+
+
+def _contradicts_mini(details, judge, known, reply):
+    """details: {name: number}; judge: the scripted human's reply; known: numbers that may be said of anything."""
+    for word, digit in WORDS.items():
+        reply = re.sub(rf"\b{word}\b", digit, reply, flags=re.IGNORECASE)
+    reply = BOUND.sub("", reply)
+    for piece in re.split(r"[.;,!?]+(?:\s|$)|\n|\band\b", reply):
+        named, told = _named(piece), _numbers(piece)
+        if len(named) == 1 and told and details.get(named[0], 0) not in told:
+            return True
+    told, named = _numbers(reply), _named(reply)
+    if not (right := re.match(r"The (\w+) is (\d+)\.", judge)):
+        return not told <= known | {0.0}
+    return bool(DONT_KNOW.search(reply)) or bool(told) and int(right[2]) not in told and (
+        not named or right[1] in named)
+
+
+def _named(text):
+    """The details of the mini benchmark that a text names."""
+    words = keywords(text)
+    return [name for name in DETAILS if _singular(name) in words]
+
+
+def _numbers(text):
+    """The numbers in a text, without their signs."""
+    return {float(number.replace(",", "")) for number in NUMBER.findall(text)}
+
+
+@lru_cache(maxsize=20_000)
+def _true_numbers(reference):
+    """The numbers that true words about a reference may hold."""
+    plain = re.sub(r"(?<=\d)_(?=\d)", "", reference)
+    found = _numbers(plain) | _numbers(plain.replace(",", " ")) | {0.0, 1.0}  # [100,200] is no number of six digits
+    bounds = {float(n) for n in re.findall(r"(?:[<>]=?|range\(|//|%|\[)\s*-?(\d+)", reference)}
+    return found | {n + step for n in bounds for step in (-1, 1)} | {
+        round(value, 9) for n in found for value in (100 * n, n / 100, abs(1 - n), 100 * abs(1 - n))}

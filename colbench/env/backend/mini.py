@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 
 # detail -> (its line, V is the number that only the human knows; six hints, any of which may stand for it in a request)
 DETAILS = {
@@ -63,6 +64,18 @@ def code(function: str, numbers: dict[str, int], comments: bool = True) -> str:
     for name, number in numbers.items():
         lines.append("    total " + DETAILS[name][0].replace("V", str(number)) + (f"  # {name}" if comments else ""))
     return "\n".join(lines + ["    return total"])
+
+
+def details_of(reference: str) -> dict[str, int] | None:
+    """The numbers behind a reference of this benchmark, detail -> V; None for any other reference."""
+    head = re.match(r"def (\w+)\(n, d\):\n", reference)
+    lines = re.findall(r"^    total ([-+]= .*)  # (\w+)$", reference, re.MULTILINE)
+    found = {}
+    for line, name in lines if head else ():
+        pattern = re.escape(DETAILS[name][0]).replace("V", r"(\d+)") if name in DETAILS else "(?!)"
+        if value := re.fullmatch(pattern, line):
+            found[name] = int(value[1])
+    return found if found and code(head[1], found) == reference else None
 
 
 def _total(numbers: dict[str, int], n: int, d: int) -> int:

@@ -155,6 +155,11 @@ class Frontend(Environment):
                   "renderer": sorted({line["scores"]["renderer"] for line in sound})}
         return result | ({"against": win_rate(sound, opponent)} if opponent is not None else {})
 
+    @classmethod
+    def ending(cls, line):
+        label = super().ending(line)
+        return "no page" if "scores" in line and not line["scores"].get("screenshot") else label
+
     def evaluation(self, by_policy, tasks, before):
         first, against = next(iter(by_policy)), getattr(self.args, "against", None)
         opponent = load_opponent(against) if against else by_policy[first]

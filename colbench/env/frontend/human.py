@@ -14,7 +14,7 @@ from PIL import Image
 from colbench.env.frontend.reviewer import review
 from colbench.env.humans import draw_replies
 from colbench.lm.server import ServerChat, is_address
-from colbench.lm.texts import OnlyThoughts, Reply, clean, decoded, opens_thoughts
+from colbench.lm.texts import OnlyThoughts, Reply, clean, decoded, kept_beside, opens_thoughts
 from colbench.run.errors import UserError
 
 LONGEST_REPLY = 1000  # characters, as in the released environment
@@ -65,10 +65,12 @@ class PageHuman:
         wanted, mine = pictures[:len(tasks)], pictures[len(tasks):]
         sound = [i for i in range(len(tasks)) if wanted[i].path]
         texts = [RuntimeError(f"the reference page cannot be rendered: {picture.refusal}") for picture in wanted]
-        self.thoughts = [""] * len(tasks)
+        self.thoughts, self.about = [""] * len(tasks), [{} for _ in tasks]
         for i, reply in zip(sound, self.watcher.say([(mine[i], wanted[i]) for i in sound], [seeds[i] for i in sound])):
             texts[i] = reply if isinstance(reply, Exception) else reply.text[:LONGEST_REPLY].strip()
             self.thoughts[i] = getattr(reply, "thoughts", "")
+            if isinstance(reply, Reply):
+                self.about[i] = kept_beside(reply._replace(cut=reply.cut or len(reply.text) > LONGEST_REPLY))
         self.leaked = [False] * len(tasks)  # who sees only pictures has no code to leak
         self.notes = [{"screenshot": f"{picture.path.parent.name}/{picture.path.name}"} if picture.path else
                       {"not_rendered": picture.refusal} if picture.refusal != "no page" else {} for picture in mine]
@@ -175,7 +177,8 @@ class LocalVision:
         with self.torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
             ids = ids[0, inputs["input_ids"].shape[1]:]
+        spent = inputs["input_ids"].shape[1], len(ids)
         text, thoughts = clean(decoded(self.processor.tokenizer, ids.tolist()), opens_thoughts(prompt))
         if thoughts and not text.strip():
-            raise OnlyThoughts(f"a reply without text, {len(ids)} tokens that are all thoughts")
-        return Reply(text.strip(), len(ids), thoughts)
+            raise OnlyThoughts(f"a reply without text, {len(ids)} tokens that are all thoughts", spent)
+        return Reply(text.strip(), len(ids), thoughts, spent, len(ids) == max_new_tokens)
