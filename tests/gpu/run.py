@@ -51,10 +51,14 @@ def main():
     parser.add_argument("--only", default=",".join(LIMITS), help="parts, with commas")
     parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)  # run it in this process
     args = parser.parse_args()
+    if not {*args.only.split(",")} <= {*LIMITS}:
+        parser.error(f"--only {args.only}: parts are {', '.join(LIMITS)}")
     if args.part:
         return Part(args.out, args.part, args.smoke).run()
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    results, end = args.out / "results.jsonl", time.monotonic() + ALL
+    patience = 4 if args.smoke else 1  # the miniature may run beside much else
+    results, end = args.out / "results.jsonl", time.monotonic() + ALL * patience
     results.write_text("")
     with tempfile.TemporaryDirectory() as site:
         paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])] if install(args.wheels, site) else None
@@ -62,7 +66,7 @@ def main():
         for part in args.only.split(","):
             start, log = time.monotonic(), args.out / f"{part}.log"
             command = [sys.executable, __file__, str(args.out), "--part", part, *["--smoke"] * args.smoke]
-            trouble = run(command, log, min(LIMITS[part], end - start),
+            trouble = run(command, log, min(LIMITS[part] * patience, end - start),
                           environment | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}))
             if trouble:
                 with results.open("a") as file:
@@ -383,7 +387,7 @@ class Part:
                                 tokens_per_step=512, settings=peer, repeats=peer, bf16=False, device=self.device,
                                 shape=self.shape(num_hidden_layers=2).to_dict())
         large = SimpleNamespace(**vars(small) | dict(
-            states=4 if self.smoke else 16, prompt=24 if self.smoke else 1000, tokens_per_step=8192,
+            states=4 if self.smoke else 8, prompt=24 if self.smoke else 1000, tokens_per_step=8192,
             settings=(1 if self.smoke else 4) * peer, repeats=2 * peer, bf16=True,
             shape=self.shape(num_hidden_layers=4).to_dict()))
 
