@@ -160,7 +160,7 @@ class Part:
     def attempt(self, what: str, function):
         try:
             function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             import traceback
             traceback.print_exc()
             self.write(what=what, error=" ".join(f"{type(error).__name__}: {error}".split())[:200])
