@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))  # its siblings, whether or not tests/ is a package
 
+import colbench.lm.attention
 import colbench.lm.logps
 from colbench.env.backend.mini import mini_tasks
 from colbench.lm.adapters import add_lora, base_of, training_mode
@@ -46,13 +47,18 @@ FAMILIES = {
 }
 
 
-QUICK = ("llama", "gemma2", "mistral", "qwen3-moe", "gpt2", "cohere")  # the others are tried among the slow tests
+AS_ON_CUDA = " as on CUDA"  # with the attention that a GPU gets
+# the others are tried among the slow tests
+QUICK = ("llama", "gemma2", "mistral", "qwen3-moe", "gpt2", "cohere", "llama" + AS_ON_CUDA, "gemma3" + AS_ON_CUDA)
 
 
-@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                        for name in (*FAMILIES, *(name + AS_ON_CUDA for name in FAMILIES))])
 def model(request, monkeypatch):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[request.param]()).eval()
+    model = AutoModelForCausalLM.from_config(FAMILIES[request.param.removesuffix(AS_ON_CUDA)]()).eval()
+    if request.param.endswith(AS_ON_CUDA):
+        monkeypatch.setattr(colbench.lm.attention, "SHORT_CUTS_ON", {"cpu"})
     if not hasattr(model.config, "num_experts_per_tok"):  # experts are multiplied in float32 at most
         model.double()
     for parameter in model.parameters():  # far from the uniform distribution, so that a wrong mask shows
@@ -131,6 +137,24 @@ def test_a_leaf_does_not_see_its_sibling(model):
     torch.testing.assert_close(alone, with_sibling, atol=1e-6, rtol=0)
 
 
+def test_as_on_cuda_no_mask_is_as_long_as_the_row(monkeypatch):
+    """A trunk is attended to without a mask, leaves by a mask over their own tree, when layers are computed again too;
+    gradients are those of one mask over the whole row."""
+    trees, masks, gradients = random_trees(random.Random(3)), [], []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(colbench.lm.attention, "SHORT_CUTS_ON", {device})
+        model = add_lora(initialised(FAMILIES["llama"]()), 4, gradient_checkpointing=True)
+        training_mode(model)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, attn_mask=None, **k: (
+            masks.append(attn_mask if attn_mask is None else (*attn_mask.shape,)), attention(*a, attn_mask, **k))[1])
+        sum(m.sum() for tree in message_logps(model, trees) for m in tree).backward()
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    whole, split = [(1, 1, 99, 99)], [None, None, (1, 1, 30, 38), None, (1, 1, 12, 21)]  # two heads share their keys
+    assert masks == 4 * whole + 4 * split  # two layers, each twice
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 MLA = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4,
@@ -289,6 +313,30 @@ def test_the_plans_memory_without_the_usual_fields():
     for model in (usual, gpt2):
         assert "GB" in sampling_memory(model, 1000) and "GB" in training_memory(model, 1000, True)
     assert sampling_memory(odd, 1000) is training_memory(odd, 1000, True) is None
+
+
+FREED = """if True:
+    import resource, sys, torch
+    from colbench.lm import load, memory
+    load.LARGE = float(sys.argv[1])
+    load.prepare_machine()
+    model = load.load_model("tiny", device="cpu")
+    before = memory.memory_now(model.device)
+    blocks = [torch.ones(1 << 20) for _ in range(100)]  # 420 MB
+    line = memory.training_memory(model, 100, False)
+    del blocks
+    print(memory.memory_now(model.device) - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+          float(line.split()[1]) - float(memory.training_memory(model, 100, False).split()[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("large, kept", [("2e9", True), ("0", False)])
+def test_freed_memory_is_kept_for_a_small_model_and_the_plan_counts_what_is_held(large, kept):
+    held, most, fell = map(float, run("-c", FREED, large).stdout.split()[-3:])
+    assert most > 4e8  # the peak, from which the plan's line does not start
+    assert (held > 4e8) == kept and (held < 5e7) == (not kept)
+    assert fell == pytest.approx(0.0 if kept else 0.42, abs=0.11)  # printed in steps of 0.1 GB
 
 
 @pytest.fixture

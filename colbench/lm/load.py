@@ -18,6 +18,7 @@ from colbench.run.hub import why_not
 
 ENVIRONMENTS = Path(__file__).parent.parent / "env"
 EMBEDDED = {"tiny": ENVIRONMENTS / "backend" / "tiny", "tiny-frontend": ENVIRONMENTS / "frontend" / "tiny"}
+LARGE = 2e9  # bytes of weights
 
 
 def prepare_machine() -> None:
@@ -26,9 +27,17 @@ def prepare_machine() -> None:
     # accelerate asks for it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
+
+
+def keep_freed_memory(model) -> None:
+    """Once a small model is there and stays on the CPU: keep what is freed (glibc), unless the user chose.
+
+    Fetching it anew costs more than most tensor operations. What a large one frees, in loading and of unpacked 4-bit
+    weights, would add up to several times the model.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    # glibc: keep freed memory, unless the user chose; fetching it anew costs more than most tensor operations
-    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    small = model.device.type == "cpu" and model.get_memory_footprint() < LARGE
+    if small and hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older versions: 32 MB at most
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -104,6 +113,7 @@ def load_model(name: str, load_in_4bit: bool = False, device: str | torch.device
             # here, not above: PEFT takes seconds to import, and a wrong flag should be told at once
             from peft import PeftModel
             model = PeftModel.from_pretrained(model, adapter)
+        keep_freed_memory(model)
     except UserError as error:
         raise UserError(f"model {source}: {error}") from None
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from colbench.lm.adapters import base_of
+from colbench.lm.attention import attention_masks
 from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
 from colbench.run.errors import UserError
 
@@ -128,29 +129,11 @@ def _last_layer(model, trees: list[Tree]):
     position = torch.tensor(positions, device=device)
     same_leaf = (leaf == -1) | (leaf[:, None] == leaf)
     visible = (tree[:, None] == tree) & same_leaf & (place[:, None] >= place)  # (query, key)
-    hidden = base.get_decoder()(
-        input_ids=torch.tensor([ids], device=device), position_ids=position[None],
-        attention_mask=attention_masks(base, visible[None], (position[:, None] - position)[None]), use_cache=False,
-    ).last_hidden_state[0]
+    mask = attention_masks(base, visible[None], (position[:, None] - position)[None],
+                           [(len(trunk), sum(map(len, leaves))) for trunk, _, leaves in trees])
+    hidden = base.get_decoder()(input_ids=torch.tensor([ids], device=device), position_ids=position[None],
+                                attention_mask=mask, use_cache=False).last_hidden_state[0]
     return hidden, torch.tensor(places, device=device), torch.tensor(predict, device=device), lengths
-
-
-def attention_masks(base, visible: torch.Tensor, distance: torch.Tensor):
-    """What the decoder takes as attention mask for visible (rows, queries, keys).
-
-    It is `visible` itself, or kept to a window (Mistral) by the keys' distance from the query in positions, or one
-    mask for each kind of layer (Gemma).
-    """
-    config = base.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    masks = {"full_attention": visible}
-    if window:
-        masks["sliding_attention"] = visible & (distance < window)
-    for kind, mask in masks.items():
-        if config._attn_implementation == "eager":  # it adds the mask to the scores
-            mask = torch.zeros_like(mask, dtype=base.dtype).masked_fill(~mask, torch.finfo(base.dtype).min)
-        masks[kind] = mask[:, None]
-    return masks if window and kinds else list(masks.values())[-1]
 
 
 def _token_logps(base, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """How much memory a model takes, by arithmetic, before it is tried."""
-import resource
-import sys
-
+import psutil
 import torch
 
 from colbench.lm.logps import LOGITS_AT_ONCE
@@ -17,10 +15,10 @@ def model_row(model, name: str, training: bool = False) -> str:
 
 
 def memory_now(device) -> float:
-    """Bytes held at this moment: on the GPU by tensors, else the most the process has had resident."""
+    """Bytes held at this moment: on the GPU by tensors, else by the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().rss
 
 
 def shape(model) -> tuple[int, int, int, int] | None:

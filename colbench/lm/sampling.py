@@ -11,8 +11,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from colbench.lm.adapters import adapters_off, base_of
+from colbench.lm.attention import attention_masks
 from colbench.lm.load import reach
-from colbench.lm.logps import attention_masks, logits_of
+from colbench.lm.logps import logits_of
 from colbench.lm.texts import OnlyThoughts, Reply, clean, decoded, spent_on
 from colbench.lm.tokens import encode_dialogue, end_of_turn
 from colbench.run.files import seed_of

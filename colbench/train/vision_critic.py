@@ -24,7 +24,7 @@ from colbench.env.dialogue import said
 from colbench.env.flags import played_with
 from colbench.env.frontend.browser import Renderer
 from colbench.env.frontend.human import scaled
-from colbench.lm.load import keep_4bit_layout, nf4
+from colbench.lm.load import keep_4bit_layout, keep_freed_memory, nf4
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 from colbench.train.heads import value_head
@@ -56,6 +56,7 @@ class Critic:
             raise UserError(f"--vision-critic {name}: {reason}; "
                             "the hub id or folder of a vision-language model is wanted") from None
         keep_4bit_layout(model)
+        keep_freed_memory(model)
         if is_lora:
             model = PeftModel.from_pretrained(model, folder)
         elif lora_rank and not folder:

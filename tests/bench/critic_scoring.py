@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colbench.lm.load import load_model, prepare_machine
+from colbench.lm.load import keep_freed_memory, load_model, prepare_machine
 from colbench.lm.logps import message_logps
 
 
@@ -73,6 +73,7 @@ def main():
             vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
             tie_word_embeddings=True, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
             num_key_value_heads=args.hidden // 64, initializer_range=0.05, max_position_embeddings=16384)).eval()
+        keep_freed_memory(model)
     rng, size = random.Random(0), model.config.vocab_size
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bf16 rounds differently in another order of sums
     for length in args.prompts:

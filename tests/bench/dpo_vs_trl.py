@@ -15,6 +15,8 @@ the measured ratio and the ratio of the tokens that go through the model.
 
 import argparse
 import contextlib
+import functools
+import gc
 import io
 import os
 import random
@@ -28,16 +30,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["TQDM_DISABLE"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
 from train_policy import draw_pairs, policy_loss
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer
 
 from colbench.lm.adapters import adapters_off
-from colbench.lm.load import EMBEDDED, prepare_machine
+from colbench.lm.load import EMBEDDED, keep_freed_memory, prepare_machine
 from colbench.lm.logps import message_logps, pack, tree_tokens
+
+try:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+except ImportError:  # then ours is measured alone: --settings 0
+    DPOTrainer = object
 
 BETA, NLL, RATE = 0.1, 0.01, 1e-3
 SETTINGS = [  # what TRL is tried with: per-device batch (accumulated to 8), more of its settings
@@ -47,13 +53,11 @@ SETTINGS = [  # what TRL is tried with: per-device batch (accumulated to 8), mor
 
 
 def make_model(args):
-    """A random Llama with LoRA whose B matrices are not zero, so that the losses say something from the first step
-    on."""
+    """A random Llama of args.shape on args.device, bf16 or float32."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64,
-        tie_word_embeddings=True))
+    with torch.device(args.device):
+        model = LlamaForCausalLM(LlamaConfig(**args.shape)).to(torch.bfloat16 if args.bf16 else torch.float32)
+    keep_freed_memory(model)
     return model
 
 
@@ -65,8 +69,8 @@ def make_states(args):
     """States as train_policy.load_states gives them."""
     rng, states = random.Random(0), []
     for _ in range(args.states):
-        prompt = [rng.randrange(args.vocabulary) for _ in range(args.prompt)]
-        candidates = [[rng.randrange(args.vocabulary) for _ in range(args.response)] for _ in range(16)]
+        prompt = [rng.randrange(args.shape["vocab_size"]) for _ in range(args.prompt)]
+        candidates = [[rng.randrange(args.shape["vocab_size"]) for _ in range(args.response)] for _ in range(16)]
         pairs = draw_pairs([rng.random() for _ in candidates], rng, 4)
         used = sorted({k for pair in pairs for k in pair})
         states.append({"tree": (prompt, [], [candidates[k] for k in used]),
@@ -74,12 +78,13 @@ def make_states(args):
     return states
 
 
-def ours(model, states, tokens_per_step):
+def ours(model, states, tokens_per_step, bf16=False):
     """The loop of train_policy.py. Returns (mean loss of each step, seconds)."""
+    autocast = functools.partial(torch.autocast, model.device.type, torch.bfloat16, enabled=bf16)
     losses, start = [], time.perf_counter()
     sizes = [tree_tokens(state["tree"]) for state in states]
     for group in pack(sizes, tokens_per_step):
-        with torch.no_grad(), adapters_off(model):
+        with torch.no_grad(), autocast(), adapters_off(model):
             for k, logps in zip(group, message_logps(model, [states[k]["tree"] for k in group])):
                 states[k]["ref_logps"] = logps
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -89,7 +94,8 @@ def ours(model, states, tokens_per_step):
         batch, mean = states[first:first + 2], 0.0
         weight = 1 / sum(len(state["pairs"]) for state in batch)
         for group in pack(sizes[first:first + 2], tokens_per_step):
-            logps, total = message_logps(model, [batch[k]["tree"] for k in group]), 0.0
+            with autocast():
+                logps, total = message_logps(model, [batch[k]["tree"] for k in group]), 0.0
             for state, messages in zip([batch[k] for k in group], logps):
                 ref = state["ref_logps"]
                 for a, b in state["pairs"]:
@@ -101,6 +107,8 @@ def ours(model, states, tokens_per_step):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
     return losses, time.perf_counter() - start
 
 
@@ -129,7 +137,7 @@ class Peer(DPOTrainer):
         return result
 
 
-def trl(model, lora_weights, states, batch, settings, folder):
+def trl(model, lora_weights, states, batch, settings, folder, bf16=False):
     """TRL on the same pairs. Returns (mean loss of each step, seconds)."""
     rows = [{"prompt_ids": state["tree"][0], "chosen_ids": state["tree"][2][a], "rejected_ids": state["tree"][2][b],
              "setting": f"{batch} {settings}"}  # another fingerprint: nothing of an earlier setting's cache is used
@@ -138,8 +146,9 @@ def trl(model, lora_weights, states, batch, settings, folder):
         output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch,
         num_train_epochs=1, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
         max_grad_norm=1.0, optim="adamw_torch", beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, NLL],
-        max_length=None, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, precompute_ref_batch_size=batch, **settings)
+        max_length=None, bf16=bf16, use_cpu=model.device.type == "cpu", gradient_checkpointing=False,
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        precompute_ref_batch_size=batch, **settings)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Peer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
@@ -152,6 +161,61 @@ def trl(model, lora_weights, states, batch, settings, folder):
     noted = trainer.noted
     per_step = 8 // batch
     return [sum(noted[i:i + per_step]) / per_step for i in range(0, len(noted), per_step)], seconds
+
+
+def compare(args):
+    """Ours and TRL's settings, the best of them `args.repeats` times. Returns (a dict of what was measured, a function
+    that runs ours, one that runs TRL's best setting)."""
+    states = make_states(args)
+    pairs = sum(len(state["pairs"]) for state in states)
+    print(f"{pairs} pairs at {len(states)} states, {make_model(args).num_parameters() / 1e6:.1f} M weights, "
+          f"{torch.get_num_threads()} threads")
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(args), lora())
+    with torch.no_grad():  # B matrices that are not zero, so that the losses say something from the first step on
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    lora_weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    differences = {}
+
+    def run_ours():
+        model.load_state_dict(lora_weights, strict=False)
+        return ours(model, make_states(args), args.tokens_per_step, args.bf16)
+
+    def run_trl(batch, settings):
+        name = ", ".join(["TRL", f"batch {batch}", *settings])
+        gc.collect()  # an earlier trainer's model
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                losses, taken = trl(make_model(args), lora_weights, states, batch, settings, folder, args.bf16)
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory", flush=True)
+            return float("inf")
+        differences[name] = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+        if differences[name] > 1e-4 and not args.bf16:  # bf16 rounds differently, and the optimiser's steps add to it
+            sys.exit(f"the losses differ: {losses} and {expected}")
+        print(f"{name}: {pairs / taken:.2f} pairs/s ({taken:.1f} s), "
+              f"losses differ by at most {differences[name]:.1e}", flush=True)
+        return taken
+
+    run_ours()  # warm up
+    expected, seconds = run_ours()
+    print(f"ours: {pairs / seconds:.2f} pairs/s ({seconds:.1f} s), losses {', '.join(f'{x:.5f}' for x in expected)}")
+    found = {"pairs": pairs, "ours": seconds, "losses": expected}
+    if not args.settings:
+        return found, run_ours, None
+    best = min(SETTINGS[:args.settings], key=lambda setting: run_trl(*setting))
+    turns = [(run_ours()[1], run_trl(*best)) for _ in range(args.repeats)]
+    seconds, taken = (statistics.median(times) for times in zip(*turns))
+    print(f"ours {seconds:.2f} s, TRL's best setting {taken:.2f} s (medians of {args.repeats})")
+    print(f"ratio of samples/s: {taken / seconds:.1f} (turn by turn {', '.join(f'{b / a:.1f}' for a, b in turns)})")
+    tokens = sum(2 * len(state["pairs"]) * (args.prompt + args.response) for state in states)
+    print(f"ratio of tokens through the model: {tokens / sum(tree_tokens(state['tree']) for state in states):.1f}; "
+          "what is more comes from the vocabulary "
+          "(logits at response tokens only, each distinct response once) and from what TRL logs")
+    found |= {"ours": seconds, "trl": taken, "best": best, "difference": max(differences.values())}
+    return found, run_ours, functools.partial(run_trl, *best)
 
 
 def main():
@@ -169,46 +233,14 @@ def main():
     parser.add_argument("--repeats", type=int, default=3,
                         help="timings of ours and of TRL's best setting, in turns (default: %(default)s)")
     args = parser.parse_args()
-    states = make_states(args)
-    pairs = sum(len(state["pairs"]) for state in states)
-    print(f"{pairs} pairs at {len(states)} states, {make_model(args).num_parameters() / 1e6:.1f} M weights, "
-          f"{torch.get_num_threads()} threads")
-
-    torch.manual_seed(1)
-    model = get_peft_model(make_model(args), lora())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    lora_weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    def run_ours():
-        model.load_state_dict(lora_weights, strict=False)
-        return ours(model, make_states(args), args.tokens_per_step)
-
-    def run_trl(batch, settings):
-        with tempfile.TemporaryDirectory() as folder:
-            losses, taken = trl(make_model(args), lora_weights, states, batch, settings, folder)
-        difference = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-        if difference > 1e-4:
-            sys.exit(f"the losses differ: {losses} and {expected}")
-        name = ", ".join(["TRL", f"batch {batch}", *settings])
-        print(f"{name}: {pairs / taken:.2f} pairs/s ({taken:.1f} s), "
-              f"losses differ by at most {difference:.1e}", flush=True)
-        return taken
-
-    run_ours()  # warm up
-    expected, seconds = run_ours()
-    print(f"ours: {pairs / seconds:.2f} pairs/s ({seconds:.1f} s), losses {', '.join(f'{x:.5f}' for x in expected)}")
-    best = min(SETTINGS[:args.settings], key=lambda setting: run_trl(*setting))
-    turns = [(run_ours()[1], run_trl(*best)) for _ in range(args.repeats)]
-    seconds, taken = (statistics.median(times) for times in zip(*turns))
-    print(f"ours {seconds:.2f} s, TRL's best setting {taken:.2f} s (medians of {args.repeats})")
-    print(f"ratio of samples/s: {taken / seconds:.1f} (turn by turn {', '.join(f'{b / a:.1f}' for a, b in turns)})")
-    tokens = sum(2 * len(state["pairs"]) * (args.prompt + args.response) for state in states)
-    print(f"ratio of tokens through the model: {tokens / sum(tree_tokens(state['tree']) for state in states):.1f}; "
-          "what is more comes from the vocabulary "
-          "(logits at response tokens only, each distinct response once) and from what TRL logs")
+    args.device, args.bf16 = "cpu", False
+    args.shape = dict(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64,
+        tie_word_embeddings=True)
+    if args.settings and DPOTrainer is object:
+        sys.exit("TRL is not here: pip install -r tests/bench/requirements.txt")
+    compare(args)
 
 
 if __name__ == "__main__":

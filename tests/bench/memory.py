@@ -17,9 +17,8 @@ activation (2 in bf16):
  adapters     16 bytes for each LoRA weight: float32 weight, gradient and AdamW's two averages
  checkpoints  T·H·a for each layer: all that is kept of a layer until its backward pass
  one layer    what autograd keeps while one layer is computed again; see `layer_bytes`
- mask         T·T bool, and the same in the activations' type: with a mask of its own, scaled_dot_product_attention
-              takes the memory-efficient kernel on CUDA (flash takes no mask; the plain one, which would hold
-              heads·T·T scores, is not chosen)
+ mask         T·T bool, and the same in the activations' type, as with one mask for the whole row. On CUDA only the
+              leaves' rows of it are used (colbench/lm/attention.py), so there it is a bound
  logits       a chunk of LOGITS_AT_ONCE logits: in the activations' type, float32, and their gradients
 """
 
@@ -125,7 +124,8 @@ def random_model(config, device, dtype):
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:  # embeddings, head, norms
-                value = torch.ones(parameter.shape) if parameter.dim() == 1 else torch.randn(parameter.shape) * 0.02
+                value = torch.ones(parameter.shape) if parameter.dim() == 1 else torch.randn(
+                    parameter.shape, device=device, dtype=dtype) * 0.02
                 setattr(module, name, nn.Parameter(value.to(device, dtype), requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.tie_weights()
@@ -169,26 +169,49 @@ def resident():
     return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(config, stage, tokens, device):
-    """(peak bytes of a step, tokens/s, loss). On a CPU the peak is what the step adds to the resident memory, plus the
-    weights."""
+def prepare(config, device):
+    """(model with adapters, optimiser whose averages are there, as in the middle of a run)."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     model = add_lora(random_model(config, device, dtype), RANK, gradient_checkpointing=True).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    warm, trees = trees_of(stage, 2 * 10 * MESSAGE, config.vocab_size), trees_of(stage, tokens, config.vocab_size)
-    step(model, stage, warm, optimizer)  # AdamW's averages are there from now on, as in the middle of a run
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = resident()[0]
-    start = time.perf_counter()
-    loss = step(model, stage, trees, optimizer)
+    step(model, "critic", trees_of("critic", 2 * 10 * MESSAGE, config.vocab_size), optimizer)
+    return model, optimizer
+
+
+def measure(model, optimizer, stage, tokens, repeats=1):
+    """(peak bytes of a step, least seconds of some, loss). On a CPU the peak is what the step adds to the resident
+    memory."""
+    trees, device, best = trees_of(stage, tokens, model.config.vocab_size), model.device.type, float("inf")
     if device == "cuda":
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resident()[1] - before
-    return peak, tokens / (time.perf_counter() - start), loss
+        torch.cuda.reset_peak_memory_stats()
+    before = resident()[0]
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loss = step(model, stage, trees, optimizer)  # its .item() waits for the loss only
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident()[1] - before, best, loss
+
+
+def flops(config, trees):
+    """Floating-point operations that `step` needs.
+
+    Two for each weight of the layers and token, four times: π_ref's pass, ours, the checkpointed layers again, the
+    gradient of their inputs (frozen weights have none). Attention: four for each feature of a query and pair of tokens
+    that see each other, five times (its backward pass counts two). Head: tokens of messages only, three times.
+    """
+    linear = sum(out * into for out, into in shapes(config)) * config.num_hidden_layers
+    tokens = said = pairs = 0
+    for trunk, spans, leaves in trees:
+        n, lengths = len(trunk), [len(leaf) for leaf in leaves]
+        tokens += n + sum(lengths)
+        said += sum(b - a for a, b in spans) + sum(lengths)
+        pairs += n * (n + 1) // 2 + sum(m * n + m * (m + 1) // 2 for m in lengths)
+    attention = 4 * pairs * shapes(config)[0][0] * config.num_hidden_layers
+    return 8 * linear * tokens + 5 * attention + 6 * said * config.vocab_size * config.hidden_size
 
 
 def table(config):
@@ -221,7 +244,8 @@ def main():
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
     tokens = args.tokens or (8192 if on_gpu else 3072)
-    peak, speed, loss = measure(config, args.stage, tokens, "cuda" if on_gpu else "cpu")
+    model, optimizer = prepare(config, "cuda" if on_gpu else "cpu")
+    peak, seconds, loss = measure(model, optimizer, args.stage, tokens)
     said = sum(b - a for _, spans, _ in trees_of(args.stage, tokens, 2) for a, b in spans) or 8 * MESSAGE
     parts = estimate(config, tokens, said, 2 if on_gpu else 4)
     expected = total(parts)
@@ -230,7 +254,8 @@ def main():
     device = torch.cuda.get_device_name() if on_gpu else "CPU, what the step adds"
     print(f"{args.stage}, {tokens} tokens at once, {device}: "
           f"{peak / 1e9:.3f} GB measured, {expected / 1e9:.3f} GB computed "
-          f"({peak / expected - 1:+.0%}), {speed:.0f} tokens/s, loss {loss:.4f}")
+          f"({peak / expected - 1:+.0%}), {tokens / seconds:.0f} tokens/s, "
+          f"{flops(config, trees_of(args.stage, tokens, 2)) / seconds / 1e12:.3g} TFLOP/s, loss {loss:.4f}")
     print("computed parts in GB: " + ", ".join(f"{name} {value / 1e9:.3f}" for name, value in parts.items()))
     if abs(peak / expected - 1) > TOLERANCE:
         sys.exit(f"more than {TOLERANCE:.0%} off: correct the arithmetic")

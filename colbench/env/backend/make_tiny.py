@@ -33,7 +33,7 @@ from colbench.env.backend.mini import DETAILS, FUNCTIONS, code, mini_task, reque
 from colbench.env.dialogue import MARKER
 from colbench.env.hidden_info import with_hidden_info
 from colbench.env.humans import UNKNOWN
-from colbench.lm.load import prepare_machine
+from colbench.lm.load import keep_freed_memory, prepare_machine
 from colbench.lm.tokens import encode_dialogue
 
 KNOWN = 3  # of the six hints of a detail
@@ -191,6 +191,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(VOCABULARY)
     model = make_model(tokenizer)
+    keep_freed_memory(model)
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     decides = torch.tensor([text.startswith("\n    total ") or text.strip() in DETAILS for text in texts])
     print(f"{model.num_parameters():,} weights, {len(tokenizer)} tokens in the vocabulary")

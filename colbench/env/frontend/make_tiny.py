@@ -36,7 +36,7 @@ from colbench.env.frontend.pages import BUSINESSES, DETAILS, compose, request
 from colbench.env.frontend.protocol import EDITS_PROMPT
 from colbench.env.frontend.reviewer import NOTHING, SAME, review
 from colbench.env.hidden_info import with_hidden_info
-from colbench.lm.load import prepare_machine
+from colbench.lm.load import keep_freed_memory, prepare_machine
 from colbench.lm.tokens import encode_dialogue
 
 MODEL = next(iter(BUSINESSES))  # the business whose pages are rendered
@@ -177,6 +177,7 @@ def main() -> None:
     else:
         tokenizer = make_tokenizer(args.vocabulary)
         model = make_model(tokenizer)
+    keep_freed_memory(model)
     print(f"{model.num_parameters():,} weights, {len(tokenizer)} tokens in the vocabulary")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(

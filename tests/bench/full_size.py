@@ -1,0 +1,111 @@
+"""The four scripts with --preset llama on a checkpoint of Llama-3.1-8B's size, without a GPU: does it fit, what breaks?
+
+    python tests/bench/full_size.py DIR                             # 16 GB on the disk; it takes long
+    python tests/bench/full_size.py DIR --layers 2 --hidden 512     # the same in small, a minute
+
+DIR gets a random checkpoint in bf16 shards with Llama 3's tokenizer (`model`; one of the same shape that is there is
+taken) and a run of it (`run`): two tasks, two turns, messages of a few tokens, a step or two. A random model wins
+nothing, so every other trajectory is given the reward 1 before the critic learns. Printed for each stage: seconds, the
+most memory it held, the plan's own estimate. The exit code is 1 if a stage fails or passes --most.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from memory import LLAMA_8B
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from real_tokenizers import real_tokenizer
+from test_templates import TEMPLATES
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--max-new-tokens 4 --max-turns 2"
+STAGES = {
+    "collect": f"--tasks mini:train --n-tasks 2 --k 2 --candidate-share 1 --n-candidates 3 {SMALL}",
+    "train_critic": "--epochs 1 --tokens-per-step 1024",
+    "train_policy": "--epochs 1 --pairs-per-state 1 --tokens-per-step 1024",
+    "evaluate": f"--tasks mini:test --n-tasks 1 {SMALL}",
+}
+
+
+def make_checkpoint(folder: Path, config: LlamaConfig, tokenizer) -> None:
+    """Random bf16 weights, a shard for each layer, so that no more than one is held at a time."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    shards, index = {}, {}
+    for name, weight in model.state_dict().items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        shards.setdefault(int(layer[1]) + 1 if layer else 0, []).append((name, weight.shape))
+    folder.mkdir(parents=True)
+    for k, weights in sorted(shards.items()):
+        file = f"model-{k + 1:05}-of-{len(shards):05}.safetensors"
+        index |= {name: file for name, _ in weights}
+        save_file({name: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else
+                   torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in weights},
+                  folder / file, metadata={"format": "pt"})
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)  # last: with it the checkpoint is whole
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size, a multiple of 128 times 4")
+    parser.add_argument("--most", type=float, default=24.0, help="GB that a stage may hold (default: %(default)s)")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(real_tokenizer("llama"))  # has one token more than the model's own
+    tokenizer.chat_template = TEMPLATES["llama-3.1"][0]
+    config = LlamaConfig(**LLAMA_8B | dict(
+        vocab_size=len(tokenizer), num_hidden_layers=args.layers, hidden_size=args.hidden,
+        intermediate_size=args.hidden * 7 // 2, num_attention_heads=args.hidden // 128,
+        num_key_value_heads=args.hidden // 512),
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009])
+    model, run, start = args.folder / "model", args.folder / "run", time.time()
+    shutil.rmtree(run, ignore_errors=True)
+    there = json.loads((model / "config.json").read_text()) if (model / "config.json").exists() else {}
+    if any(there.get(name) != getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")):
+        shutil.rmtree(model, ignore_errors=True)
+        make_checkpoint(model, config, tokenizer)
+    size = sum(file.stat().st_size for file in model.iterdir()) / 1e9
+    print(f"checkpoint of {size:.1f} GB: {time.time() - start:.0f} s", flush=True)
+    for stage, flags in STAGES.items():
+        if stage == "train_critic":
+            path = run / "trajectories.jsonl"
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line in lines:
+                line["reward"] = float(line["sample"] % 2)
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        start, log = time.time(), args.folder / f"{stage}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, ROOT / f"{stage}.py", "--preset", "llama", "--model", model, "--run", run,
+                 *flags.split()], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+            _, status, usage = os.wait4(process.pid, 0)
+        code, text, most = os.waitstatus_to_exitcode(status), log.read_text(), usage.ru_maxrss * 1024 / 1e9
+        plan = re.search(r"about ([\d.]+ GB)", text)
+        print(f"{stage}: {time.time() - start:.0f} s, at most {most:.2f} GB; the plan says "
+              f"{plan[1] if plan else 'nothing'}", flush=True)
+        if code or most > args.most:
+            sys.exit(f"{stage}: exit code {code}, {most:.1f} GB of {args.most:g}; the end of {log}:\n{text[-2000:]}")
+
+
+if __name__ == "__main__":
+    main()
