@@ -190,6 +190,6 @@ def test_tags_that_are_special_tokens_keep_a_local_models_thoughts_apart(tokeniz
     end = tokenizer.decode([end_of_turn(tokenizer)])
     chat = LocalChat(reciter(tokenizer, dialogue, "[THINK]", "A", "[/THINK]", "<|other|>", "B", "C", end), tokenizer)
     [[reply, other]] = chat.sample([dialogue], [[1, 2]], temperature=0, max_new_tokens=20)
-    assert reply == other == ("BC", 7, "A")
+    assert reply == other and reply[:3] == ("BC", 7, "A")
     [[reply]] = chat.sample([dialogue], [[1]], temperature=0, max_new_tokens=2)
     assert isinstance(reply, OnlyThoughts) and "2 tokens" in str(reply) and "twice" in str(reply)
