@@ -127,7 +127,7 @@ class Environment:
             return "context full" if re.search(CONTEXT_FULL, error, re.IGNORECASE) else "agent failed"
         if cls.has_success and line["reward"] == 1:
             return RIGHT
-        return "at the limit" if line["outcome"] == "limit" else "wrong" if cls.has_success else "answered"
+        return "at the limit" if line.get("outcome") == "limit" else "wrong" if cls.has_success else "answered"
 
     @classmethod
     def contradicts(cls, task: dict, question: str, reply: str) -> bool | None:
