@@ -13,7 +13,7 @@ from colbench.env.backend.mini import mini_tasks
 from colbench.env.dialogue import prompt_messages
 from colbench.lm.adapters import adapters_off, add_lora
 from colbench.lm.load import load_model, load_tokenizer
-from colbench.lm.sampling import LocalChat
+from colbench.lm.sampling import LocalChat, RoomyLayer
 from colbench.lm.tokens import encode_dialogue, end_of_turn
 from colbench.run.files import seed_of
 
@@ -107,6 +107,36 @@ def test_sample_depends_on_conversation_and_seed_only(chat, model, tokenizer, co
         rows = slice(None, 2 if batch_tokens == 1 else None)
         some = small.sample(conversations, [row[rows] for row in seeds], max_new_tokens=32)
         assert some == [row[rows] for row in together]
+
+
+def test_a_batch_is_filled_by_what_is_likely_and_held_to_its_bound(tokenizer, conversations, seeds, monkeypatch):
+    """Few messages are as long as they may be. Where many are after all, some rows leave and come again: the bound on
+    tokens holds, and every message is what it was."""
+    model = load_model("tiny", device="cpu").double()  # rounding would tell after some hundred hot tokens
+    held, prefilled, update = [], [], RoomyLayer.update
+
+    def counted(layer, keys, values, *args, **kwargs):
+        result = update(layer, keys, values, *args, **kwargs)
+        held.append(result[0].shape[0] * result[0].shape[2])
+        prefilled.append(len(keys) if keys.shape[2] == result[0].shape[2] else 0)
+        return result
+
+    few = [row[:2] for row in seeds]
+    longest = max(len(encode_dialogue(tokenizer, messages)[0]) for messages in conversations) + 2 * 200
+    for temperature in (1.0, 9.0):  # messages of some ten tokens, and some of 200
+        together = LocalChat(model, tokenizer, batch_tokens=10**6).sample(
+            conversations, few, temperature=temperature, max_new_tokens=200)
+        monkeypatch.setattr(RoomyLayer, "update", counted)
+        bound = 2 * longest
+        some = LocalChat(model, tokenizer, batch_tokens=bound).sample(
+            conversations, few, temperature=temperature, max_new_tokens=200)
+        monkeypatch.setattr(RoomyLayer, "update", update)
+        assert some == together
+        assert max(held) <= bound and max(prefilled) >= 4  # room for two of the longest, whatever they say
+        again = sum(prefilled) / model.config.num_hidden_layers - len(conversations)
+        assert again == 0 if temperature == 1.0 else again > 0
+        held.clear()
+        prefilled.clear()
 
 
 def test_first_of_many_is_the_one_that_comes_alone(chat, conversations, seeds):

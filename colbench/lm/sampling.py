@@ -19,13 +19,14 @@ from colbench.lm.tokens import encode_dialogue, end_of_turn
 from colbench.run.files import seed_of
 
 PROMPT, PADDING = -1, -2  # owners of a row's tokens that belong to no message
+LIKELY = 0.25  # of the tokens that a message may have: few have more
 
 
 class LocalChat:
     """Samples messages from a model in this process. Same interface as colbench.lm.server.ServerChat.
 
     adapters: False samples from the base model under a PEFT model's adapters.
-    batch_tokens: bound on the tokens of one batch, prompts and all that may be said; lower it when memory runs out.
+    batch_tokens: bound on the tokens held at once, prompts and what is said; lower it when memory runs out.
     repeatable: equal calls give equal messages on one machine.
     """
 
@@ -59,11 +60,13 @@ class LocalChat:
         while jobs:  # rows with equally many messages share a batch
             rows, n = 1, len(jobs[0][2])
             while (rows < len(jobs) and len(jobs[rows][2]) == n
-                   and (rows + 1) * (len(jobs[rows][0]) + n * jobs[rows][1]) <= self.batch_tokens):
+                   and (rows + 1) * (len(jobs[rows][0]) + n * LIKELY * jobs[rows][1]) <= self.batch_tokens):
                 rows += 1
             batch, jobs = jobs[:rows], jobs[rows:]
-            for (prompt, *_, i, j), messages in zip(batch, self._generate([job[:3] for job in batch], temperature)):
-                for k, ids in enumerate(messages, j):
+            found = self._generate([job[:3] for job in batch], temperature)
+            jobs = [job for job, messages in zip(batch, found) if messages is None] + jobs
+            for (prompt, *_, i, j), messages in zip(batch, found):
+                for k, ids in enumerate(messages or (), j):
                     text = decoded(self.tokenizer, [t for t in ids if t not in self.stops])
                     for mark in stop or ():
                         text = text.split(mark)[0]
@@ -86,8 +89,9 @@ class LocalChat:
         return replies
 
     @torch.inference_mode()
-    def _generate(self, batch, temperature) -> list[list[list[int]]]:
-        """Token ids of one message per seed for every job (prompt, tokens a message may have, seeds).
+    def _generate(self, batch, temperature) -> list[list[list[int]] | None]:
+        """Token ids of one message per seed for every job (prompt, tokens a message may have, seeds); None for a job
+        that is put back: where more is said than was likely, the later half of the rows leaves, to be sampled anew.
 
         A row of the batch is a prompt. Behind it, in the same cache, come the tokens of its messages, at each step one
         of every message that goes on, side by side. A message sees the prompt and the tokens that are its own: `owner`
@@ -119,10 +123,15 @@ class LocalChat:
                         if messages[row][k][-1] not in self.stops and len(messages[row][k]) < batch[row][1]]
                 if not keep:
                     break
+                going = sorted({live[i][0] for i in keep})
+                if len(going) > 1 and len(going) * (owner.shape[1] + len(batch[0][2])) > self.batch_tokens:
+                    for row in going[len(going) // 2:]:
+                        messages[row] = None
+                    going = going[:len(going) // 2]
+                    keep = [i for i in keep if live[i][0] in going]
                 if len(keep) < len(live) or not step:
                     live, keep = [live[i] for i in keep], torch.tensor(keep, device=device)
                     token, uniforms = token[keep], uniforms[keep]
-                    going = sorted({row for row, _ in live})
                     if len(going) < len(rows):
                         going_on = torch.tensor([rows.index(row) for row in going], device=device)
                         cache.batch_select_indices(going_on)
