@@ -138,7 +138,7 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
         critic = run / "critic" if needs else "untrained"
         for n in BEST_OF:
             evaluate(rest, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n, "--critic", critic,
-                     n=min(150, n_test))
+                     n=min(100, n_test))
     return main, ablations, critics, rest
 
 
@@ -233,7 +233,8 @@ def interval(values: list[float]) -> str:
 def kind(task: dict, messages: list[dict], candidate: str) -> str:
     """What the mini benchmark knows of a message: a "useful" question is about a detail of the task that was not told
     yet, another one is "useless"; an answer is "early" before all details are told, then "right" or "wrong"."""
-    details = set(re.findall(r"# (\w+)", task["ground_truth"]))
+    from colbench.env.backend.mini import details_of
+    details = set(details_of(task["ground_truth"]))
     told = {name for m in messages if m["role"] == "user" for name in re.findall(r"The (\w+) is \d+\.", m["content"])}
     if "I WANT TO ANSWER" in candidate:
         mine, wanted = ({line.split("#")[0].strip() for line in code.splitlines() if re.match(r"\s+total [-+]=", line)}
@@ -424,9 +425,9 @@ def main():
     seeds = list(range(args.seeds))
     if not args.table:
         # the main rows of all seeds come first
-        by_kind = zip(*(jobs_of_seed(args.out, seed, args.n_test) for seed in seeds))
-        pages = [job for seed in seeds[:3] for job in jobs_of_pages(args.out, seed)]
-        run_jobs([job for of_seeds in by_kind for jobs in of_seeds for job in jobs] + pages, args.workers)
+        *by_kind, rest = zip(*(jobs_of_seed(args.out, seed, args.n_test) for seed in seeds))
+        pages = [jobs_of_pages(args.out, seed) for seed in seeds[:3]]
+        run_jobs([job for of_seeds in (*by_kind, pages, rest) for jobs in of_seeds for job in jobs], args.workers)
     write_table(args.out, seeds)
 
 
