@@ -238,7 +238,7 @@ def report(args, env, tasks: list[dict], lines: list[dict], order: list[tuple], 
         print(f"next: which turn earned the credit? The same command with --critic {critic}. Be the human? "
               f"python -m colbench.look.talk {args.run}")
     for name, of_policy in by_policy.items():
-        failures(of_policy, f" of {name}")
+        failures(of_policy, f" of {name}")  # where all of one policy failed: exit code 2
 
 
 def parse_args():
@@ -248,7 +248,7 @@ def parse_args():
     parser.add_argument("--model", help="hub id or folder of the base model")
     parser.add_argument("--k", type=int, default=1, help="episodes a task")
     parser.add_argument("--critic", help="what train_critic.py wrote: the report then shows the advantage of "
-                        "every turn and token; with --best-of also untrained, judge or rollout")
+                        "every turn and token; with --best-of also untrained, random, judge or rollout")
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help="at every turn, play the best of "
                         "N messages by --critic, see above")
     parser.add_argument("--seed", type=int, default=1, help="of all sampling and shuffling")
@@ -280,7 +280,8 @@ def check_critic(args) -> None:
         raise UserError("--critic for the report wants all episodes: put the shards together, then give it "
                         "without --shard")
     if args.best_of > 1 and not args.critic:
-        raise UserError("--best-of needs --critic: a folder of train_critic.py, untrained, judge or rollout")
+        raise UserError("--best-of needs --critic: a folder of train_critic.py, untrained, random, "
+                        "judge or rollout")
     if args.critic in UNTRAINED and args.best_of == 1:
         raise UserError(f"--critic {args.critic} needs --best-of, as in --best-of 16")
     if args.critic and args.critic not in UNTRAINED and not is_model(args.critic):

@@ -1,7 +1,7 @@
 """Stage 2 of SWEET-RL: train the turn-level critic, which MAY see the hidden reference, and rank candidates.
 
     python train_critic.py                                   # embedded default, a minute: runs/tiny/critic
-    python train_critic.py --preset llama                    # 4-bit Llama-3.1-8B, the paper's but for LoRA
+    python train_critic.py --preset llama                    # 4-bit Llama-3.1-8B; PRESETS says what differs
     accelerate launch --num_processes 2 train_critic.py ...  # data parallel, on two GPUs
 
 The critic is a language model itself: the advantage of a message is how much likelier the critic finds it
@@ -14,11 +14,11 @@ It is learned from whole trajectories only, Bradley-Terry on pairs of one task w
 
     (2)  J(θ) = −log σ( β Σ_t A_θ(o_t+, a_t+, c) − β Σ_t A_θ(o_t−, a_t−, c) ) + w · NLL(τ+)
 
-with β = 0.1 and w = 0.01 in the paper, NLL a mean over tokens. How to choose them for another model: the plan
-prints how much the messages of a trajectory hold, Σ_t of −log π_ref a token. (2) stops pulling at a margin of
-about 3/β, which should be less than that: else all messages are pushed down, those of the longer, mostly lost
-trajectories too, and a long useless message then outranks a short useful one. If log_ratio/chosen in the log
-falls far below 0 all the same, raise w; a line warns of it.
+with β = 0.1 and w = 0.01 in the paper, NLL a mean over tokens. How to choose them for another model: a pair
+stops pulling at a margin of about 3/β. This should be less than the messages of a trajectory hold, Σ_t of
+−log π_ref a token, which the plan prints: else all messages become unlikely, long useless ones least of all,
+which then outrank short useful ones. If log_ratio/chosen in the log falls far below 0 all the same, raise w;
+a line warns of it.
 
 c enters through one function, with_hidden_info in colbench/env/hidden_info.py, which appends it to the system
 message: for training in load_pairs below, for ranking in colbench/train/ranking.py. There without_hidden_info
@@ -94,9 +94,9 @@ def critic_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll_weight, sc
     return loss, score_chosen, score_rejected
 
 
-def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_from: float = 0.0):
+def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_at_least: float = 0.0):
     """[(index of τ+, index of τ−)] for all or some of the pairs of one task with r(τ+) > r(τ−); r(τ+) is
-    chosen_from at least. As in train_policy.py."""
+    chosen_at_least. As in train_policy.py."""
     by_task = {}
     for index, trajectory in enumerate(trajectories):
         by_task.setdefault(trajectory["id"], []).append(index)
@@ -104,7 +104,7 @@ def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_
     for task, indices in by_task.items():
         reward = {index: trajectories[index]["reward"] for index in indices}
         of_task = [(a, b) for a in indices for b in indices
-                   if reward[a] > reward[b] and reward[a] >= chosen_from]
+                   if reward[a] > reward[b] and reward[a] >= chosen_at_least]
         random.Random(seed_of(seed, task, "pairs")).shuffle(of_task)
         pairs += of_task[:pairs_per_task or None]
     return pairs
@@ -155,7 +155,7 @@ def train(args, accelerator, model, reference, reference_logps, tokenizer, traje
         ref_logps = dict(zip(trees, found))
         whole = [trajectory_score([0 * turn for turn in t], t, score_of(args)).item() for t in found]
         messages = [-turn.sum().item() for turns in found for turn in turns]
-        nats = sum(messages) / len(messages), sum(whole) / len(whole)  # −log π_ref of a message; of τ in (2)
+        nats = sum(messages) / len(messages), sum(whole) / len(whole)  # of a message; of τ as (2) counts
     forward, loss_of = losses(args, model, trajectories, ref_logps)
     sizes = [sum(tree_tokens(trees[i]) for i in pair) for pair in pairs]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

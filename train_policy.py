@@ -1,7 +1,7 @@
 """Stage 3 of SWEET-RL: train the agent, which never sees the reference, on what the critic prefers.
 
     python train_policy.py                                   # embedded default: runs/tiny/policy
-    python train_policy.py --preset llama                    # 4-bit Llama-3.1-8B, the paper's but for LoRA
+    python train_policy.py --preset llama                    # 4-bit Llama-3.1-8B; PRESETS says what differs
     python train_policy.py --algorithm rft --run runs/rft --trajectories runs/tiny/trajectories.jsonl
     accelerate launch --num_processes 2 train_policy.py ...  # data parallel, on two GPUs
 
@@ -14,8 +14,8 @@ DPO on single turns, without c (paper, section 4.2; log-probs are sums over the 
 with w = 0.01 in the paper, NLL a mean over tokens. How to choose β′ and w for another model: the plan prints
 how many nats (−log π_ref) a message has. (3) stops pulling at a margin of about 3/β′ nats, which should be
 less than that: else it goes on until the chosen messages have become unlikely too (likelihood displacement).
-If log_ratio/chosen in the log falls far below 0 all the same, raise w; a line warns of it. Messages of
-Llama-3.1-8B have 30 to 100 nats, for which the paper's β′ = 0.1 is right; the embedded model's have 10.
+If log_ratio/chosen in the log falls far below 0 all the same, raise w; a line warns of it. Messages of the
+embedded model have 10 nats, of Llama-3.1-8B probably 30 to 100, to which the paper's β′ = 0.1 belongs.
 
 The baselines need no critic. `multi-turn-dpo` is (3) with all messages of the agent in a trajectory τ+ of
 higher reward as a+, those of a τ− of the same task as a−. `rft`, rejection fine-tuning, is NLL on the agent's
@@ -129,7 +129,8 @@ def train(args, accelerator, model, tokenizer, units):
         with torch.no_grad(), accelerator.autocast(), adapters_off(model):
             return message_logps(model, trees)
 
-    loss_of, nats = imitation_loss if args.algorithm == "rft" else pair_loss, None
+    loss_of = imitation_loss if args.algorithm == "rft" else pair_loss
+    nats = None
     if args.algorithm != "rft":  # log π_ref, kept on disk: a list over the messages of a unit of (L,)
         path = args.policy.with_name("policy_reference.jsonl")
         trees = [tree for unit in units for tree in unit["trees"]]

@@ -189,7 +189,7 @@ def test_scores_of_a_trajectory_by_hand():
 def test_pairs_of_the_released_code():
     trajectories = [{"id": "t", "reward": r} for r in (1.0, 0.6, 0.5, 1.0)]
     assert set(make_pairs(trajectories, 0, 0)) == {(0, 1), (0, 2), (1, 2), (3, 1), (3, 2)}
-    assert set(make_pairs(trajectories, 0, 0, chosen_from=1.0)) == {(0, 1), (0, 2), (3, 1), (3, 2)}
+    assert set(make_pairs(trajectories, 0, 0, chosen_at_least=1.0)) == {(0, 1), (0, 2), (3, 1), (3, 2)}
 
 
 def test_first_tasks_come_whole():

@@ -37,7 +37,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning-rate", type=float, help="peak; 10%% warm-up, linear decay")
     group.add_argument("--epochs", type=int, help="passes over the pairs")
-    group.add_argument("--batch-size", type=int, help="pairs a step; in train_policy.py whole states")
+    group.add_argument("--batch-size", type=int, help="pairs a step; in train_policy.py rounded down to whole states")
     group.add_argument("--tokens-per-step", type=int, help="tokens in one forward pass: lower it when memory runs out; "
                        "the batch stays what it is")
     group.add_argument("--max-tokens", type=int, help="an example with more tokens is left out and counted")
