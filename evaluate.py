@@ -37,7 +37,7 @@ from colbench.env.data import episode_line, failed
 from colbench.env.dialogue import failures, keep_sound, play
 from colbench.env.evidence import Clock, evidence, evidence_remarks
 from colbench.env.flags import add_playing_flags, check_playing_flags, load_tasks, parse_flags, script_parser
-from colbench.lm.adapters import adapters_off, has_adapters
+from colbench.lm.adapters import adapters_in_half, adapters_off, has_adapters
 from colbench.lm.load import context_length, load_model, load_tokenizer, prepare_machine, put_adapter
 from colbench.lm.logps import message_logps
 from colbench.lm.memory import model_row, sampling_memory
@@ -173,8 +173,9 @@ class Players:
 
         def choose(states):
             use(theirs)
-            scores = score_candidates(how, states, self.tokenizer, critic or shared, reference_logps,
-                                      environment=env)
+            with adapters_in_half(shared):
+                scores = score_candidates(how, states, self.tokenizer, critic or shared, reference_logps,
+                                          environment=env)
             use(mine)
             return [max(range(len(row)), key=row.__getitem__) if row else 0 for row in scores]  # []: too long
 

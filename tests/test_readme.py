@@ -20,9 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL = [ROOT / folder / "README.md" for folder in (".", "colbench", "colbench/env/frontend", "tests")]
 NAMES = {  # what the table of places says -> what the line defines
     "c enters": "with_hidden_info", "c is taken away": "without_hidden_info", "agent's prompt": "prompt_messages",
-    "searched for traces of c": "test_hidden_info_reaches_neither_agent_nor_policy", "advantage of a message": "advantage",
-    "critic's loss": "critic_loss", "pairs of trajectories": "make_pairs", "pairs of candidates": "draw_pairs",
-    "policy's loss": "policy_loss", "rejection fine-tuning": "imitation_loss"}
+    "searched for traces of c": "test_hidden_info_reaches_neither_agent_nor_policy",
+    "advantage of a message": "advantage", "critic's loss": "critic_loss", "pairs of trajectories": "make_pairs",
+    "pairs of candidates": "draw_pairs", "policy's loss": "policy_loss", "rejection fine-tuning": "imitation_loss"}
 RECIPES = re.findall(r"^  (\w+\.py), (\w+): .*\n- (.*)\n\+ (.*)$", README, re.MULTILINE)
 
 

@@ -229,3 +229,17 @@ def test_adapters_off_is_the_base_model(chat, tokenizer, conversations, seeds):
     assert off.sample(conversations, seeds, max_new_tokens=24) == expected  # switching off left nothing behind
     with adapters_off(peft):
         assert LocalChat(peft, tokenizer).sample(conversations, seeds, max_new_tokens=24) == expected
+
+
+def test_adapters_on_half_precision_weights_compute_in_half_precision(tokenizer, conversations):
+    """As in training: LoRA's own weights stay float32, what goes through them does not."""
+    model = add_lora(load_model("tiny", device="cpu").bfloat16(), 4)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    seen = set()
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+    LocalChat(model, tokenizer).sample(conversations[:1], [[0]], max_new_tokens=4)
+    assert seen == {torch.bfloat16}

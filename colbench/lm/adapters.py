@@ -4,6 +4,8 @@
 """
 import contextlib
 
+import torch
+
 from colbench.run.errors import UserError
 
 
@@ -54,6 +56,13 @@ def has_adapters(model) -> bool:
 def adapters_off(model):
     """Context in which the model is the base model again. A model without adapters is the base model as it is."""
     return model.disable_adapter() if has_adapters(model) else contextlib.nullcontext()
+
+
+def adapters_in_half(model):
+    """Context in which adapters, whose weights are float32, compute in the bfloat16 of the weights under them, as they
+    do in training. Without it PEFT copies all activations to float32."""
+    half = has_adapters(model) and base_of(model).dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
 
 def base_of(model):

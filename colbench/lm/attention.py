@@ -10,18 +10,18 @@ import torch.nn.functional as F
 SHORT_CUTS_ON = {"cuda"}  # kinds of device
 
 
-def attention_masks(base, visible: torch.Tensor, distance: torch.Tensor, trees=()):
+def attention_masks(base, visible: torch.Tensor, distance, trees=()):
     """What the decoder takes as attention mask for visible (rows, queries, keys).
 
-    It is `visible` itself, or kept to a window (Mistral) by the keys' distance from the query in positions, or one
-    mask for each kind of layer (Gemma). trees: (tokens of the trunk, of the leaves) of each tree in the row; none
+    It is `visible` itself, or kept to a window (Mistral) by distance(), of the keys from the query in positions, or
+    one mask for each kind of layer (Gemma). trees: (tokens of the trunk, of the leaves) of each tree in the row; none
     while sampling.
     """
     config = base.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     masks = {"full_attention": visible}
     if window:
-        masks["sliding_attention"] = visible & (distance < window)
+        masks["sliding_attention"] = visible & (distance() < window)
     for kind, mask in masks.items():
         if config._attn_implementation == "eager":  # it adds the mask to the scores
             mask = torch.zeros_like(mask, dtype=base.dtype).masked_fill(~mask, torch.finfo(base.dtype).min)

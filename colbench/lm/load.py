@@ -27,6 +27,9 @@ def prepare_machine() -> None:
     # accelerate asks for it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
+    # PyTorch's first choice on an H100: plans anew for every length, so for every sampled token, and with a mask its
+    # gradients can be NaN (pytorch issue 196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory(model) -> None:

@@ -129,7 +129,7 @@ def _last_layer(model, trees: list[Tree]):
     position = torch.tensor(positions, device=device)
     same_leaf = (leaf == -1) | (leaf[:, None] == leaf)
     visible = (tree[:, None] == tree) & same_leaf & (place[:, None] >= place)  # (query, key)
-    mask = attention_masks(base, visible[None], (position[:, None] - position)[None],
+    mask = attention_masks(base, visible[None], lambda: (position[:, None] - position)[None],
                            [(len(trunk), sum(map(len, leaves))) for trunk, _, leaves in trees])
     hidden = base.get_decoder()(input_ids=torch.tensor([ids], device=device), position_ids=position[None],
                                 attention_mask=mask, use_cache=False).last_hidden_state[0]

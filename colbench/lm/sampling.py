@@ -3,14 +3,12 @@
 Each prompt is computed and held once however many messages are drawn from it, what is done leaves the batch, and a
 message depends on its own seed alone.
 """
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from colbench.lm.adapters import adapters_off, base_of
+from colbench.lm.adapters import adapters_in_half, adapters_off, base_of
 from colbench.lm.attention import attention_masks
 from colbench.lm.load import reach
 from colbench.lm.logps import logits_of
@@ -111,7 +109,7 @@ class LocalChat:
                                 for _, _, seeds in batch for seed in seeds]).to(device)
         cache = DynamicCache()
         cache.layers = [RoomyLayer() for _ in range(base.config.get_text_config().num_hidden_layers)]
-        with adapters_off(self.model) if not self.adapters else contextlib.nullcontext():
+        with adapters_in_half(self.model) if self.adapters else adapters_off(self.model):
             hidden = base.get_decoder()(input_ids=ids, attention_mask=(owner == PROMPT).long(), position_ids=position,
                                         past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
             logits = logits_of(base, hidden)[[row for row, _ in live]]
@@ -143,7 +141,7 @@ class LocalChat:
                 now = (start + step).expand_as(query)
                 owner, position = torch.cat([owner, query], 1), torch.cat([position, now], 1)
                 visible = (owner[:, None] == PROMPT) | (owner[:, None] == query[:, :, None])  # (rows, queries, keys)
-                mask = attention_masks(base, visible, now[:, :, None] - position[:, None])
+                mask = attention_masks(base, visible, lambda: now[:, :, None] - position[:, None])
                 hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=now, past_key_values=cache,
                                             use_cache=True).last_hidden_state
                 logits = logits_of(base, hidden[place, column])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from colbench.env.data import CREDIT
 from colbench.env.dialogue import prompt_messages
 from colbench.env.hidden_info import with_hidden_info
-from colbench.lm.adapters import adapters_off, has_adapters
+from colbench.lm.adapters import adapters_in_half, adapters_off, has_adapters
 from colbench.lm.load import load_model, put_adapter
 from colbench.lm.logps import Tree, dialogue_tree, message_logps, pack, tree_tokens
 from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
@@ -58,7 +58,7 @@ def add_credit(path, lines, critic, base, load_in_4bit, tokenizer, model=None) -
             temporary.touch(), *(append_jsonl(temporary, row) for row in there.values())])
     rows, bar = [], tqdm(total=len(todo), desc="credit", unit="episode")
     for group in pack([sum(map(tree_tokens, of_line)) for of_line in trees], how.get("tokens_per_step", 1024)):
-        with torch.no_grad():
+        with torch.no_grad(), adapters_in_half(critic_model):
             logps = message_logps(critic_model, [tree for k in group for tree in trees[k]])
             with adapters_off(reference):
                 ref_logps = message_logps(reference, [tree for k in group for tree in ref_trees[k]])
