@@ -83,11 +83,11 @@ def policy(run: Path, needed: Path, flags: str, *more) -> tuple:
 
 
 def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
-    """Jobs of one seed: the main rows, the ablations of Table 3 and the controls, the critics on held-out states, the
-    rest: best-of-N and the data scaling of Figure 3b."""
+    """Jobs of one seed: the main rows, the ablations of Table 3 and the controls, the critics on held-out states,
+    best-of-N, the rest: the data scaling of Figure 3b and the rollouts that critics are held against."""
     home, s = out / f"seed{seed}", ["--seed", seed]
     data, held = home / "data" / "trajectories.jsonl", home / "held-out" / "trajectories.jsonl"
-    main, ablations, critics, rest = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], []
+    main, ablations, critics, best, rest = [(data, [], ["collect.py", "--run", data.parent, *s])], [], [], [], []
 
     def evaluate(jobs, row, needs, *flags, n=n_test):
         run = home / folder_name(row)
@@ -125,9 +125,9 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
     value, truth = home / "value", ranking_of(home, "rollout")
     critics += [train_and_rank(value, data, RANKERS["value"], *s),
                 (held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 150, "--k", 2,
-                            "--seed", 500 + seed]),
-                (truth, [held], ["-c", ROLLOUT, "--run", truth.parent, "--trajectories", held, "--critic", "rollout",
-                                 "--max-trajectories", 48, *s])]
+                            "--seed", 500 + seed])]
+    rest.append((truth, [held], ["-c", ROLLOUT, "--run", truth.parent, "--trajectories", held, "--critic", "rollout",
+                                 "--max-trajectories", 48, *s]))
     for row, flags in RANKERS.items():
         run = home / folder_name(row)
         ranked, needs = ranking_of(home, row), [] if row == "untrained" else [run / "preferences.jsonl"]
@@ -137,9 +137,9 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
         critics.append((ranked, [held, *(ranked.parent / "critic" for _ in needs)], command))
         critic = run / "critic" if needs else "untrained"
         for n in BEST_OF:
-            evaluate(rest, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n, "--critic", critic,
+            evaluate(best, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n, "--critic", critic,
                      n=min(100, n_test))
-    return main, ablations, critics, rest
+    return main, ablations, critics, best, rest
 
 
 def jobs_of_pages(out: Path, seed: int) -> list[tuple]:

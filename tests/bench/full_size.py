@@ -1,16 +1,19 @@
 """The four scripts with --preset llama on a checkpoint of Llama-3.1-8B's size, without a GPU: does it fit, what breaks?
 
-    python tests/bench/full_size.py DIR                             # 16 GB on the disk; it takes long
+    python tests/bench/full_size.py DIR                             # 16 GB on the disk; most of an hour
     python tests/bench/full_size.py DIR --layers 2 --hidden 512     # the same in small, a minute
 
 DIR gets a random checkpoint in bf16 shards with Llama 3's tokenizer (`model`; one of the same shape that is there is
-taken) and a run of it (`run`): two tasks, two turns, messages of a few tokens, a step or two. A random model wins
+taken) and a run of it (`run`): a task, two turns, messages of a few tokens, a step or two. A random model wins
 nothing, so every other trajectory is given the reward 1 before the critic learns. Printed for each stage: seconds, the
-most memory it held, the plan's own estimate. The exit code is 1 if a stage fails or passes --most.
+most memory it held (pages of the checkpoint's files not counted: the system takes them back when it needs room), the
+plan's own estimate. The exit code is 1 if a stage fails or passes --most.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import psutil
 import torch
 from memory import LLAMA_8B
 from safetensors.torch import save_file
@@ -33,7 +37,7 @@ from test_templates import TEMPLATES
 ROOT = Path(__file__).parents[2]
 SMALL = "--max-new-tokens 4 --max-turns 2"
 STAGES = {
-    "collect": f"--tasks mini:train --n-tasks 2 --k 2 --candidate-share 1 --n-candidates 3 {SMALL}",
+    "collect": f"--tasks mini:train --n-tasks 1 --k 2 --candidate-share 1 --n-candidates 3 {SMALL}",
     "train_critic": "--epochs 1 --tokens-per-step 1024",
     "train_policy": "--epochs 1 --pairs-per-state 1 --tokens-per-step 1024",
     "evaluate": f"--tasks mini:test --n-tasks 1 {SMALL}",
@@ -41,7 +45,12 @@ STAGES = {
 
 
 def make_checkpoint(folder: Path, config: LlamaConfig, tokenizer) -> None:
-    """Random bf16 weights, a shard for each layer, so that no more than one is held at a time."""
+    """Random bf16 weights, a shard for each layer, so that no more than one is held at a time.
+
+    A model without sense that speaks in messages of some five tokens: the first number of every token's embedding is
+    the largest and passes through the layers, whose outputs are small, and by it the head likes the end-of-turn token.
+    """
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     shards, index = {}, {}
@@ -52,9 +61,14 @@ def make_checkpoint(folder: Path, config: LlamaConfig, tokenizer) -> None:
     for k, weights in sorted(shards.items()):
         file = f"model-{k + 1:05}-of-{len(shards):05}.safetensors"
         index |= {name: file for name, _ in weights}
-        save_file({name: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else
-                   torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in weights},
-                  folder / file, metadata={"format": "pt"})
+        values = {name: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else
+                  torch.randn(shape, dtype=torch.bfloat16) * (0.0003 if re.search("o_proj|down_proj", name) else 0.02)
+                  for name, shape in weights}
+        if k == 0:
+            values["model.embed_tokens.weight"][:, 0] = config.hidden_size**0.5 / 2
+            values["lm_head.weight"][:, 0] = 0.0
+            values["lm_head.weight"][end, 0] = math.log(100_000) / config.hidden_size**0.5
+        save_file(values, folder / file, metadata={"format": "pt"})
     size = sum(file.stat().st_size for file in folder.iterdir())
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
@@ -94,12 +108,16 @@ def main():
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         start, log = time.time(), args.folder / f"{stage}.log"
         with log.open("w") as output:
-            process = subprocess.Popen(
+            most, process = 0, subprocess.Popen(
                 [sys.executable, ROOT / f"{stage}.py", "--preset", "llama", "--model", model, "--run", run,
                  *flags.split()], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
-            _, status, usage = os.wait4(process.pid, 0)
-        code, text, most = os.waitstatus_to_exitcode(status), log.read_text(), usage.ru_maxrss * 1024 / 1e9
+            while process.poll() is None:
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    memory = psutil.Process(process.pid).memory_info()
+                    most = max(most, (memory.rss - memory.shared) / 1e9)
+                time.sleep(0.2)
+        code, text = process.returncode, log.read_text()
         plan = re.search(r"about ([\d.]+ GB)", text)
         print(f"{stage}: {time.time() - start:.0f} s, at most {most:.2f} GB; the plan says "
               f"{plan[1] if plan else 'nothing'}", flush=True)
