@@ -68,7 +68,7 @@ def main():
     agent = make_agent(args)
     with environment(args, args.run) as env, open(args.trajectories, "a", encoding="utf-8") as output:
         print_plan(args, agent, env)
-        playing = (complete if args.add_candidates_to else converse)(args, agent, env, todo, done)
+        playing = (add_candidates if args.add_candidates_to else converse)(args, agent, env, todo, done)
         keep_settings(args.trajectories, args, begun=bool(lines))
         bar = tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
         for episodes in playing:
@@ -97,7 +97,7 @@ def converse(args, agent, env, todo, done):
         max_new_tokens=args.max_new_tokens, parallel=args.parallel, seed=args.seed, done=done), servers)
 
 
-def complete(args, agent, env, trajectories: list[dict], done: dict):
+def add_candidates(args, agent, env, trajectories: list[dict], done: dict):
     """Add candidates to a share of the turns of finished trajectories; yields them in lists. The message that
     was played is the first candidate. Its seeds and its share of the turns are those of `play`. What an
     interrupted run has `done` is sampled again where it shares a list with what is missing, so that the

@@ -146,24 +146,24 @@ class Players:
             base = LocalChat(self.shared, self.tokenizer, adapters=False, batch_tokens=args.batch_tokens)
         return agent, env.human(args.human, base), choose
 
-    def chooser(self, env, mine: str | None):
-        """The function that says which of N messages to play, by --critic. mine: the policy's adapter."""
+    def chooser(self, env, policy_adapter: str | None):
+        """The function that says which of N messages to play, by --critic."""
         args, critic = self.args, None
-        how = dict(critic=args.critic, no_hidden_info=False, no_length_norm=False, official=False)
+        flags = dict(critic=args.critic, no_hidden_info=False, no_length_norm=False, official=False)
         if args.critic not in UNTRAINED:
-            how |= dict(critic="logprob") | read_json(Path(args.critic) / "training_args.json")
-            if how.get("vision_critic"):
+            flags |= dict(critic="logprob") | read_json(Path(args.critic) / "training_args.json")
+            if flags.get("vision_critic"):
                 raise UserError(f"--critic {args.critic}: sees pictures; only train_critic.py ranks with it")
             critic = put_adapter(self.shared, args.critic)  # after full fine-tuning it is a model of its own
             if (Path(args.critic) / "value_head.pt").exists():
                 critic.value_head = value_head(critic, args.critic)
-        how = {"tokens_per_step": args.tokens_per_step} | how | {"max_tokens": context_length(args.model)}
-        mine_too = {name: getattr(args, name) for name in ("human", "max_new_tokens", "seed", "batch_tokens")}
-        how = SimpleNamespace(**how | mine_too)
-        theirs = critic.active_adapter if has_adapters(critic) else None
-        shared = self.shared = critic if theirs else self.shared
+        flags = {"tokens_per_step": args.tokens_per_step} | flags | {"max_tokens": context_length(args.model)}
+        playing = {name: getattr(args, name) for name in ("human", "max_new_tokens", "seed", "batch_tokens")}
+        flags = SimpleNamespace(**flags | playing)
+        critic_adapter = critic.active_adapter if has_adapters(critic) else None
+        shared = self.shared = critic if critic_adapter else self.shared
 
-        def use(adapter):
+        def activate(adapter):
             if adapter:
                 shared.set_adapter(adapter)
 
@@ -172,14 +172,14 @@ class Players:
                 return message_logps(shared, trees)
 
         def choose(states):
-            use(theirs)
+            activate(critic_adapter)
             with adapters_in_half(shared):
-                scores = score_candidates(how, states, self.tokenizer, critic or shared, reference_logps,
+                scores = score_candidates(flags, states, self.tokenizer, critic or shared, reference_logps,
                                           environment=env)
-            use(mine)
+            activate(policy_adapter)
             return [max(range(len(row)), key=row.__getitem__) if row else 0 for row in scores]  # []: too long
 
-        use(mine)
+        activate(policy_adapter)
         return choose
 
 

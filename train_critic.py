@@ -263,7 +263,7 @@ def parse_args():
     group = parser.add_argument_group("objective")
     group.add_argument("--critic", choices=TRAINED + UNTRAINED, default="logprob", help="see above")
     group.add_argument("--no-hidden-info", action="store_true", help="the critic does not see c")
-    group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum over tokens, not a mean")
+    group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum, L times as large")
     group.add_argument("--official", action="store_true", help="as the released code: a trajectory's score "
                        "is one mean over its tokens, no NLL, τ+ passes every test, and π_ref ranks without c")
     group.add_argument("--beta", type=float, help="β of (2), see above")
