@@ -127,7 +127,7 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
                 (held, [], ["collect.py", "--run", held.parent, "--tasks", "mini:test", "--n-tasks", 150, "--k", 2,
                             "--seed", 500 + seed])]
     rest.append((truth, [held], ["-c", ROLLOUT, "--run", truth.parent, "--trajectories", held, "--critic", "rollout",
-                                 "--max-trajectories", 48, *s]))
+                                 "--max-trajectories", 24, *s]))
     for row, flags in RANKERS.items():
         run = home / folder_name(row)
         ranked, needs = ranking_of(home, row), [] if row == "untrained" else [run / "preferences.jsonl"]
@@ -138,7 +138,7 @@ def jobs_of_seed(out: Path, seed: int, n_test: int) -> tuple[list, ...]:
         critic = run / "critic" if needs else "untrained"
         for n in BEST_OF:
             evaluate(best, f"best of {n} by {row}", needs, "--policies", "base", "--best-of", n, "--critic", critic,
-                     n=min(100, n_test))
+                     n=min(60, n_test))
     return main, ablations, critics, best, rest
 
 

@@ -1,7 +1,6 @@
 """The README and those of the rooms: within its limits, commands run as printed, places and links are right, recipes
 work."""
 import json
-import math
 import random
 import re
 import subprocess
@@ -94,19 +93,15 @@ def changed(number: int):
 
 
 def test_recipes_do_what_they_say():
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 3
     logps = [torch.tensor(row) for row in ([-1.0, -2.0], [-3.0], [-1.5, -1.0], [-2.0])]  # π_φ and π_ref of a+, a−
     chosen, rejected, ref_chosen, ref_rejected = logps
     beta, ratio = 0.5, (-3.0 + 2.5) - (-3.0 + 2.0)  # log-ratio of a+ minus that of a−: 0.5
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    ipo, conservative = (changed(k).policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta, 0.1)[0].item()
-                         for k in (0, 1))
+    ipo = changed(0).policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta, 0.1)[0].item()
     nll = 0.1 * 1.5
     assert ipo == pytest.approx((ratio - 1 / (2 * beta)) ** 2 + nll)  # Azar et al. 2024, equation 17
-    assert conservative == pytest.approx(
-        -0.9 * math.log(sigmoid(beta * ratio)) - 0.1 * math.log(sigmoid(-beta * ratio)) + nll)
-    assert changed(2).draw_pairs([0.3, -1.0, 0.9, 0.1], random.Random(0), 4) == [(2, 1)]
-    best = changed(3).trajectory_score([torch.tensor([-1.0, -3.0]), torch.tensor([-1.0])],
+    assert changed(1).draw_pairs([0.3, -1.0, 0.9, 0.1], random.Random(0), 4) == [(2, 1)]
+    best = changed(2).trajectory_score([torch.tensor([-1.0, -3.0]), torch.tensor([-1.0])],
                                        [torch.tensor([-2.0, -2.0]), torch.tensor([-1.25])])
     assert best.item() == 0.25  # turns: 0 and 0.25
 
