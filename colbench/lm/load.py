@@ -28,7 +28,7 @@ def prepare_machine() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     torch.set_flush_denormal(True)  # sharp attention leaves numbers below 1e-38, on which a CPU is several times slower
     # PyTorch's first choice on an H100: plans anew for every length, so for every sampled token, and with a mask its
-    # gradients can be NaN (pytorch issue 196678)
+    # gradients are reported to be NaN at times
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
