@@ -96,7 +96,7 @@ def critic_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll_weight, sc
 
 def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_at_least: float = 0.0):
     """[(index of τ+, index of τ−)] for all or some of the pairs of one task with r(τ+) > r(τ−); r(τ+) is
-    chosen_at_least. As in train_policy.py."""
+    chosen_at_least or more. As in train_policy.py."""
     by_task = {}
     for index, trajectory in enumerate(trajectories):
         by_task.setdefault(trajectory["id"], []).append(index)
