@@ -32,7 +32,7 @@ which of two messages is better; `rollout`, the dialogue is played on from each 
 are averaged (colbench/train/judges.py).
 
 Reads RUN/trajectories.jsonl. Writes RUN/critic/ (a PEFT adapter), RUN/critic_log.jsonl (a line a step),
-RUN/critic_reference.jsonl (log π_ref, a cache) and RUN/preferences.jsonl: a line a state with messages,
+RUN/critic_ref_logps.jsonl (log π_ref, a cache) and RUN/preferences.jsonl: a line a state with messages,
 candidates and their advantages. Interrupted, the same command goes on.
 """
 import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
@@ -57,7 +57,7 @@ from colbench.run.files import seed_of
 from colbench.train.heads import value_head
 from colbench.train.loop import Training, add_training_flags, start_accelerator
 from colbench.train.ranking import TRAINED, UNTRAINED, critic_to_do, rank, score_candidates
-from colbench.train.reference import cached_logps
+from colbench.train.ref_logps import cached_ref_logps
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
@@ -94,7 +94,7 @@ def critic_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll_weight, sc
     return loss, score_chosen, score_rejected
 
 
-def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_at_least: float = 0.0):
+def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_at_least: float = 0.0):
     """[(index of τ+, index of τ−)] for all or some of the pairs of one task with r(τ+) > r(τ−); r(τ+) is
     chosen_at_least or more. As in train_policy.py."""
     by_task = {}
@@ -150,8 +150,8 @@ def train(args, accelerator, model, reference, reference_logps, tokenizer, traje
     """The loop: batches of pairs in a seeded order, (2), AdamW. Writes RUN/critic."""
     ref_logps = nats = None
     if args.critic == "logprob":  # log π_ref, kept on disk: {trajectory: list over turns of (L_t,)}
-        path, all_trees = args.critic_folder.with_name("critic_reference.jsonl"), list(trees.values())
-        found = cached_logps(accelerator, path, reference, all_trees, args.tokens_per_step, reference_logps)
+        path, all_trees = args.critic_folder.with_name("critic_ref_logps.jsonl"), list(trees.values())
+        found = cached_ref_logps(accelerator, path, reference, all_trees, args.tokens_per_step, reference_logps)
         ref_logps = dict(zip(trees, found))
         whole = [trajectory_score([0 * turn for turn in t], t, score_of(args)).item() for t in found]
         messages = [-turn.sum().item() for turns in found for turn in turns]
@@ -195,7 +195,7 @@ def load_pairs(args, environment, tokenizer):
     if args.critic == "value":
         pairs = [(index,) for index in range(len(trajectories))]
     else:
-        pairs = make_pairs(trajectories, args.pairs_per_task, args.seed, float(args.official))
+        pairs = trajectory_pairs(trajectories, args.pairs_per_task, args.seed, float(args.official))
     if not pairs:
         rewards = sorted({round(t["reward"], 3) for t in trajectories})
         wanted = ", one of 1 (--official)" * args.official
@@ -227,7 +227,7 @@ def main():
         return
     if args.vision_critic:
         from colbench.train.vision_critic import train_and_rank  # (2) on pictures
-        return train_and_rank(args, accelerator, environment, make_pairs, todo)
+        return train_and_rank(args, accelerator, environment, trajectory_pairs, todo)
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
     data = load_pairs(args, environment, tokenizer) if todo == "train" else ()

@@ -24,7 +24,7 @@ messages of successful ones:
     (4)  J(φ) = −1/L Σ_l log π_φ(a^l | o, a^<l),   all L agent tokens of a τ with r(τ) = 1
 
 Reads RUN/preferences.jsonl, from which c was taken away (baselines: RUN/trajectories.jsonl; prompts hold the
-dialogue alone). Writes RUN/policy/ (a PEFT adapter), RUN/policy_log.jsonl and RUN/policy_reference.jsonl (log
+dialogue alone). Writes RUN/policy/ (a PEFT adapter), RUN/policy_log.jsonl and RUN/policy_ref_logps.jsonl (log
 π_ref, a cache). Interrupted, the same command goes on.
 """
 import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
@@ -46,7 +46,7 @@ from colbench.run.errors import UserError, run_main
 from colbench.run.files import read_jsonl, seed_of
 from colbench.run.settings import next_step
 from colbench.train.loop import Training, add_training_flags, is_trained, start_accelerator
-from colbench.train.reference import cached_logps
+from colbench.train.ref_logps import cached_ref_logps
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark
@@ -74,7 +74,7 @@ def policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_wei
     return loss, reward_chosen, reward_rejected
 
 
-def draw_pairs(advantages: list[float], rng: random.Random, n: int) -> list[tuple[int, int]]:
+def policy_pairs(advantages: list[float], rng: random.Random, n: int) -> list[tuple[int, int]]:
     """n random pairs (chosen, rejected) of candidate numbers at one state, better half over worse half; fewer
     if it has fewer."""
     ranked = sorted(range(len(advantages)), key=lambda k: -advantages[k])
@@ -84,7 +84,7 @@ def draw_pairs(advantages: list[float], rng: random.Random, n: int) -> list[tupl
     return rng.sample(pairs, min(n, len(pairs)))
 
 
-def make_pairs(trajectories: list[dict], pairs_per_task: int, seed: int):
+def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int):
     """[(index of τ+, index of τ−)] for multi-turn DPO: all or some of the pairs of a task with r(τ+) > r(τ−).
     As in train_critic.py."""
     by_task = {}
@@ -132,9 +132,9 @@ def train(args, accelerator, model, tokenizer, units):
     loss_of = imitation_loss if args.algorithm == "rft" else pair_loss
     nats = None
     if args.algorithm != "rft":  # log π_ref, kept on disk: a list over the messages of a unit of (L,)
-        path = args.policy.with_name("policy_reference.jsonl")
+        path = args.policy.with_name("policy_ref_logps.jsonl")
         trees = [tree for unit in units for tree in unit["trees"]]
-        ref = iter(cached_logps(accelerator, path, model, trees, args.tokens_per_step, reference_logps))
+        ref = iter(cached_ref_logps(accelerator, path, model, trees, args.tokens_per_step, reference_logps))
         for unit in units:
             unit["ref_logps"] = [logps for _ in unit["trees"] for logps in next(ref)]
         messages = [-logps.sum().item() for unit in units for logps in unit["ref_logps"]]
@@ -182,7 +182,7 @@ def load_states(args, _, tokenizer) -> list[dict]:
     states, end_id, too_long = [], end_of_turn(tokenizer), 0
     for row in rows:
         rng = random.Random(seed_of(args.seed, row["id"], row["sample"], row["turn"], "pairs"))
-        pairs = draw_pairs(row["advantages"], rng, args.pairs_per_state)
+        pairs = policy_pairs(row["advantages"], rng, args.pairs_per_state)
         prompt, _ = encode_dialogue(tokenizer, row["messages"])
         used = {k for pair in pairs for k in pair}
         leaves = {k: message_ids(tokenizer, row["candidates"][k], end_id) for k in used}
@@ -211,7 +211,7 @@ def load_baseline(args, environment, tokenizer) -> list[dict]:
     if args.algorithm == "rft":
         groups = [(i,) for i, t in enumerate(trajectories) if t["reward"] == 1]
     else:
-        groups = make_pairs(trajectories, args.pairs_per_task, args.seed)
+        groups = trajectory_pairs(trajectories, args.pairs_per_task, args.seed)
     trees = {}
     for i in sorted({i for group in groups for i in group}):
         system = trajectories[i].get("system", environment.prompt.replace("{max_turns}", str(MAX_TURNS)))

@@ -12,7 +12,7 @@ import torch
 import train_critic
 import train_policy
 from train_critic import advantage, critic_loss
-from train_policy import draw_pairs, policy_loss
+from train_policy import policy_loss, policy_pairs
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import colbench.lm.logps
@@ -83,10 +83,10 @@ def test_beta_0_imitates_the_chosen_message_alone():
 def test_pairs_of_trajectories():
     trajectories = [{"id": task, "reward": reward} for task, reward in
                     [("x", 0.5), ("y", 1.0), ("x", 1.0), ("y", 1.0), ("x", 0.0), ("z", 0.0)]]
-    make_pairs = train_critic.make_pairs
-    assert sorted(make_pairs(trajectories, 0, seed=0)) == [(0, 4), (2, 0), (2, 4)]  # any higher reward, same task only
-    assert len(make_pairs(trajectories, 2, seed=0)) == 2
-    assert make_pairs(trajectories, 2, seed=0) == make_pairs(trajectories, 2, seed=0)
+    trajectory_pairs = train_critic.trajectory_pairs
+    assert sorted(trajectory_pairs(trajectories, 0, seed=0)) == [(0, 4), (2, 0), (2, 4)]  # any higher reward, same task only
+    assert len(trajectory_pairs(trajectories, 2, seed=0)) == 2
+    assert trajectory_pairs(trajectories, 2, seed=0) == trajectory_pairs(trajectories, 2, seed=0)
 
 
 def test_critic_and_multi_turn_dpo_learn_from_the_same_pairs():
@@ -96,8 +96,8 @@ def test_critic_and_multi_turn_dpo_learn_from_the_same_pairs():
                         for _ in range(rng.randrange(1, 30))]
         for pairs_per_task in (0, 1, 4):
             seed = rng.randrange(3)
-            pairs = train_critic.make_pairs(trajectories, pairs_per_task, seed)
-            assert pairs == train_policy.make_pairs(trajectories, pairs_per_task, seed)
+            pairs = train_critic.trajectory_pairs(trajectories, pairs_per_task, seed)
+            assert pairs == train_policy.trajectory_pairs(trajectories, pairs_per_task, seed)
             lengths.add(len(pairs))
     assert len(lengths) > 20  # the cases differ
 
@@ -113,11 +113,11 @@ def test_the_critic_is_asked_by_the_formula_that_it_was_trained_by(length_norm):
 
 def test_pairs_of_candidates():
     advantages = [0.3, -0.1, 0.9, 0.0, 0.5, -0.7]  # best first: 2 4 0 | 3 1 5
-    drawn = [pair for seed in range(200) for pair in draw_pairs(advantages, random.Random(seed), 4)]
+    drawn = [pair for seed in range(200) for pair in policy_pairs(advantages, random.Random(seed), 4)]
     assert {a for a, _ in drawn} == {2, 4, 0} and {b for _, b in drawn} == {3, 1, 5}
-    assert len({*draw_pairs(advantages, random.Random(0), 4)}) == 4 and len(draw_pairs(advantages, random, 99)) == 9
-    assert draw_pairs(advantages[:3], random.Random(0), 4) == [(2, 1)]  # the middle one is in neither half
-    assert draw_pairs([0.3], random.Random(0), 4) == []  # one message is all that was sampled
+    assert len({*policy_pairs(advantages, random.Random(0), 4)}) == 4 and len(policy_pairs(advantages, random, 99)) == 9
+    assert policy_pairs(advantages[:3], random.Random(0), 4) == [(2, 1)]  # the middle one is in neither half
+    assert policy_pairs([0.3], random.Random(0), 4) == []  # one message is all that was sampled
 
 
 def test_pack_keeps_all_in_order_within_budget():

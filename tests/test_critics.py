@@ -12,7 +12,7 @@ import pytest
 import torch
 import train_critic
 import train_policy
-from train_critic import advantage, critic_loss, make_pairs, trajectory_score
+from train_critic import advantage, critic_loss, trajectory_pairs, trajectory_score
 
 from colbench.env.backend.environment import Backend
 from colbench.env.backend.human import ScriptedHuman
@@ -188,8 +188,8 @@ def test_scores_of_a_trajectory_by_hand():
 
 def test_pairs_of_the_released_code():
     trajectories = [{"id": "t", "reward": r} for r in (1.0, 0.6, 0.5, 1.0)]
-    assert set(make_pairs(trajectories, 0, 0)) == {(0, 1), (0, 2), (1, 2), (3, 1), (3, 2)}
-    assert set(make_pairs(trajectories, 0, 0, chosen_at_least=1.0)) == {(0, 1), (0, 2), (3, 1), (3, 2)}
+    assert set(trajectory_pairs(trajectories, 0, 0)) == {(0, 1), (0, 2), (1, 2), (3, 1), (3, 2)}
+    assert set(trajectory_pairs(trajectories, 0, 0, chosen_at_least=1.0)) == {(0, 1), (0, 2), (3, 1), (3, 2)}
 
 
 def test_first_tasks_come_whole():

@@ -12,7 +12,7 @@ import pytest
 from colbench.env.backend.environment import Backend
 from colbench.env.backend.human import ScriptedHuman, details
 from colbench.env.backend.mini import DETAILS, code, details_of, mini_tasks
-from colbench.env.contract import Environment
+from colbench.env.base import Environment
 from colbench.env.dialogue import play
 from colbench.env.evidence import Clock, could_have_shown, evidence, evidence_remarks
 from colbench.env.frontend.environment import Frontend

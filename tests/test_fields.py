@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from colbench.env.backend.environment import Backend
 from colbench.env.backend.tasks import load_tasks
-from colbench.env.contract import environment_of_run
+from colbench.env.base import environment_of_run
 from colbench.env.data import episode_line, load_trajectories, state_line
 from colbench.env.dialogue import states_with_candidates
 from colbench.env.evidence import evidence

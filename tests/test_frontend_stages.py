@@ -113,7 +113,7 @@ def test_vision_critic(finished, tmp_path):
             "--pairs-per-task", 1, "--epochs", 2, "--batch-size", 1, "--save-every", 1, "--lora-rank", 2)
     run("train_critic.py", *args)
     log = lines(tmp_path / "critic_log.jsonl")
-    assert log[0]["margin"] == 0 and log[0]["gradient_norm"] > 0
+    assert log[0]["margin"] == 0 and log[0]["grad_norm"] > 0
     rows = lines(tmp_path / "preferences.jsonl")
     assert rows and all(len(row["candidates"]) == len(row["advantages"]) for row in rows)
     assert "task" not in rows[0] and "<html" not in json.dumps(rows)

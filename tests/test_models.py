@@ -411,4 +411,4 @@ def test_the_training_scripts_with_other_models(tmp_path, script, family, flags)
     done = run(script, "--run", tmp_path, "--model", tmp_path / "model", "--batch-size", 2, *flags)
     output = "critic" if script == "train_critic.py" else "policy"
     assert (tmp_path / output).is_dir() and "Traceback" not in done.stderr
-    assert all(row["skipped"] == 0 and row["gradient_norm"] > 0 for row in lines(tmp_path / f"{output}_log.jsonl"))
+    assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in lines(tmp_path / f"{output}_log.jsonl"))

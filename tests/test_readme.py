@@ -20,8 +20,8 @@ ALL = [ROOT / folder / "README.md" for folder in (".", "colbench", "colbench/env
 NAMES = {  # what the table of places says -> what the line defines
     "c enters": "with_hidden_info", "c is taken away": "without_hidden_info", "agent's prompt": "prompt_messages",
     "searched for traces of c": "test_hidden_info_reaches_neither_agent_nor_policy",
-    "advantage of a message": "advantage", "critic's loss": "critic_loss", "pairs of trajectories": "make_pairs",
-    "pairs of candidates": "draw_pairs", "policy's loss": "policy_loss", "rejection fine-tuning": "imitation_loss"}
+    "advantage of a message": "advantage", "critic's loss": "critic_loss", "pairs of trajectories": "trajectory_pairs",
+    "pairs of candidates": "policy_pairs", "policy's loss": "policy_loss", "rejection fine-tuning": "imitation_loss"}
 RECIPES = re.findall(r"^  (\w+\.py), (\w+): .*\n- (.*)\n\+ (.*)$", README, re.MULTILINE)
 
 
@@ -100,7 +100,7 @@ def test_recipes_do_what_they_say():
     ipo = changed(0).policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta, 0.1)[0].item()
     nll = 0.1 * 1.5
     assert ipo == pytest.approx((ratio - 1 / (2 * beta)) ** 2 + nll)  # Azar et al. 2024, equation 17
-    assert changed(1).draw_pairs([0.3, -1.0, 0.9, 0.1], random.Random(0), 4) == [(2, 1)]
+    assert changed(1).policy_pairs([0.3, -1.0, 0.9, 0.1], random.Random(0), 4) == [(2, 1)]
     best = changed(2).trajectory_score([torch.tensor([-1.0, -3.0]), torch.tensor([-1.0])],
                                        [torch.tensor([-2.0, -2.0]), torch.tensor([-1.25])])
     assert best.item() == 0.25  # turns: 0 and 0.25

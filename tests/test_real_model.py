@@ -299,7 +299,7 @@ def test_four_bit_critic_and_policy(folder, tokenizer, mixed):
     run("train_critic.py", *four_bit, "--learning-rate", "1e-3", "--epochs", 2, "--batch-size", 2, "--pairs-per-task",
         3)
     log = lines(mixed / "critic_log.jsonl")
-    assert len(log) >= 3 and all(math.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in log)
+    assert len(log) >= 3 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in log)
     assert abs(log[0]["margin"]) < 1e-3  # before the first step critic and reference are one model
     assert log[-1]["margin"] > 0.05
 
@@ -333,7 +333,7 @@ def test_four_bit_critic_and_policy(folder, tokenizer, mixed):
     run("train_policy.py", *four_bit, "--learning-rate", "1e-3", "--epochs", 1, "--batch-size", 8,
         "--pairs-per-state", 2)
     log = lines(mixed / "policy_log.jsonl")
-    assert len(log) >= 3 and all(math.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in log)
+    assert len(log) >= 3 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in log)
     assert abs(log[0]["margin"]) < 1e-3 and log[-1]["margin"] > 0.1
 
     done = run("evaluate.py", "--run", mixed, "--model", folder, "--load-in-4bit", "--n-tasks", 1, "--max-turns", 2,

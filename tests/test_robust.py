@@ -135,12 +135,12 @@ def test_steps_without_a_finite_loss_or_gradient_are_counted(tmp_path):
     for step, (loss, norm) in enumerate(steps):
         log.add(3, loss=torch.tensor(loss), margin=2.0)
         log.add(3, loss=torch.tensor(1.0), margin=2.0)
-        log.means(gradient_norm=norm)
+        log.means(grad_norm=norm)
         row = log.write(step, learning_rate=1e-4)
         seen.append((log.sound, row["skipped"], log.unsound_in_a_row))
     assert seen == [(True, 0, 0), (False, 1, 1), (False, 2, 2), (True, 2, 0), (False, 3, 1)]
     strict = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in open(tmp_path / "log.jsonl")]
-    assert [row["loss"] for row in strict] == [1.0, None, 1.0, 1.0, None] and strict[2]["gradient_norm"] is None
+    assert [row["loss"] for row in strict] == [1.0, None, 1.0, 1.0, None] and strict[2]["grad_norm"] is None
     assert training.StepLog(Accelerator(cpu=True), tmp_path / "log.jsonl", 3).skipped == 2  # resumed behind step 2
 
 

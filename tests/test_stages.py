@@ -58,7 +58,7 @@ def test_files_of_a_run(finished):
     log = lines(finished / "critic_log.jsonl")
     assert {"loss", "margin", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "rewards/margins",
             "logps/chosen", "logps/rejected", "log_ratio/chosen", "log_ratio/rejected", "margin/nats",
-            "gradient_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= log[0].keys()
+            "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= log[0].keys()
     assert [row["step"] for row in log] == list(range(len(log)))
     assert abs(log[0]["margin"]) < 1e-3  # at the first step critic and reference are equal
     assert abs(log[0]["log_ratio/chosen"]) < 1e-3
@@ -177,7 +177,7 @@ def test_critic_goes_on_after_kill(collected, tmp_path_factory):
 def same_losses(got, expected):
     assert len(got) == len(expected) > 3
     for one, other in zip(got, expected):
-        for name in ("loss", "gradient_norm", "margin", "logps/chosen"):
+        for name in ("loss", "grad_norm", "margin", "logps/chosen"):
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
 
 
@@ -472,7 +472,7 @@ def test_reference_log_probs_are_computed_once(collected):
     """Another run on the same pairs takes them from the file; a cut file is completed, and the losses are the same."""
     args = ["--run", collected, "--epochs", 1, *FEW]
     run("train_critic.py", *args)
-    cache, log = collected / "critic_reference.jsonl", lines(collected / "critic_log.jsonl")
+    cache, log = collected / "critic_ref_logps.jsonl", lines(collected / "critic_log.jsonl")
     whole, first = cache.read_bytes(), cache.stat().st_mtime_ns
     shutil.rmtree(collected / "critic")
     (collected / "preferences.jsonl").unlink()

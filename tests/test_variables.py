@@ -47,9 +47,9 @@ def test_variables_of_a_profile_change_no_step(tmp_path):
     done = subprocess.run([sys.executable, "train_policy.py", *map(str, flags), str(tmp_path / "β")], cwd=ROOT,
                           env={**os.environ, **LEFT, **ELSE}, capture_output=True)
     assert done.returncode == 0 and b"?" in done.stdout, done.stderr[-2000:]
-    plain, among = ([{name: row[name] for name in ("loss", "gradient_norm", "margin")}
+    plain, among = ([{name: row[name] for name in ("loss", "grad_norm", "margin")}
                      for row in lines(tmp_path / folder / "policy_log.jsonl")] for folder in ("plain", "β"))
-    assert plain == among and plain[0]["gradient_norm"] > 0
+    assert plain == among and plain[0]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("left, names", [

@@ -8,7 +8,7 @@ The embedded model was taught another game and never learns to win this one; --m
 import random
 import re
 
-from colbench.env.contract import Environment, percent
+from colbench.env.base import Environment, percent
 
 WORDS = ("acorn apple bridge candle dolphin engine feather guitar hammer island jacket kettle ladder mirror needle "
          "orchard pencil quilt rabbit saddle teapot umbrella violin window yoghurt zebra anchor basket desk").split()

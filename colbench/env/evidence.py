@@ -7,7 +7,7 @@ beside them, a line for each batch of finished episodes, in episodes_clock.jsonl
 import time
 from collections import Counter
 
-from colbench.env.contract import RIGHT
+from colbench.env.base import RIGHT
 from colbench.env.data import failed
 from colbench.env.metrics import mean_95, pass_at, pass_hat, smallest_difference
 from colbench.run.fields import COUNT

@@ -2,7 +2,7 @@
 import argparse
 import sys
 
-from colbench.env.contract import Environment, load_environment
+from colbench.env.base import Environment, load_environment
 from colbench.run.errors import UserError
 from colbench.run.settings import default_run, read_json, settings_file
 from colbench.run.shards import shard

@@ -83,12 +83,12 @@ def success_rate(wins: list[bool], tasks: list[str]) -> dict:
 def dialogue_metrics(sound: list[dict]) -> dict:
     """What is counted of episodes without an error.
 
-    turns (agent messages an episode), tokens_a_message (as the agent's model counts them), answered_at_limit (share of
+    turns (agent messages an episode), tokens_per_message (as the agent's model counts them), answered_at_limit (share of
     episodes whose last turn came without an answer).
     """
     n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
     tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
-    return {"turns": len(said) / n, "tokens_a_message": sum(tokens) / max(1, len(tokens)),
+    return {"turns": len(said) / n, "tokens_per_message": sum(tokens) / max(1, len(tokens)),
             "answered_at_limit": sum(line["outcome"] == "limit" for line in sound) / n}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from colbench.env.contract import environment_of_run
+from colbench.env.base import environment_of_run
 from colbench.env.data import failed
 from colbench.env.metrics import paired, smallest_difference
 from colbench.run.errors import UserError, run_main

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
 
-from colbench.env.contract import environment_of_run
+from colbench.env.base import environment_of_run
 from colbench.env.data import CREDIT, episode_line, failed, number_samples, state_line, trajectory_line
 from colbench.env.evidence import evidence
 from colbench.look.table import EVIDENCE, table

@@ -11,7 +11,7 @@ COLUMNS = {  # metric -> (heading, what it means); others are shown under their 
     "win_rate": ("win rate", "share of answers closer to the reference than the opponent's; ties count half"),
     "no_page": ("no page", "share of answers that could not be rendered"),
     "turns": ("turns", "agent messages an episode"),
-    "tokens_a_message": ("tokens a message", "as the agent's model counts them"),
+    "tokens_per_message": ("tokens a message", "as the agent's model counts them"),
     "answered_at_limit": ("at the limit", "share of episodes whose last turn came without the answer marker"),
     "leak_rate": ("leaks", "share of human replies whose first draft held code of the reference"),
     "episodes": ("episodes", "episodes that ended without an error"), "errors": ("errors", "dialogues that broke off"),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from colbench.env.contract import load_environment
+from colbench.env.base import load_environment
 from colbench.env.dialogue import MAX_TURNS, play
 from colbench.env.humans import leaks
 from colbench.lm.adapters import has_adapters

@@ -3,7 +3,7 @@ each turn, and one state whose candidates the critic ranked.
 """
 from pathlib import Path
 
-from colbench.env.contract import RIGHT
+from colbench.env.base import RIGHT
 from colbench.env.data import failed
 from colbench.run.errors import UserError
 from colbench.run.fields import checked

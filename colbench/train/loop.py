@@ -286,14 +286,14 @@ class StepLog:
             value = value.detach().float() if torch.is_tensor(value) else float(value)
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def means(self, gradient_norm: float) -> dict:
+    def means(self, grad_norm: float) -> dict:
         """The means since the last line, and whether they and the gradient are finite, in `sound`."""
         names = sorted(self.sums)
         sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu")
                             for v in [self.count, self.tokens, *(self.sums[n] for n in names)]])
         sums = self.accelerator.reduce(sums.float().to(self.accelerator.device), reduction="sum").tolist()
-        row = {name: total / max(1, sums[0]) for name, total in zip(names, sums[2:])} | {"gradient_norm": gradient_norm}
-        self.sound = math.isfinite(row["loss"]) and math.isfinite(gradient_norm)
+        row = {name: total / max(1, sums[0]) for name, total in zip(names, sums[2:])} | {"grad_norm": grad_norm}
+        self.sound = math.isfinite(row["loss"]) and math.isfinite(grad_norm)
         self.skipped += not self.sound
         self.unsound_in_a_row = 0 if self.sound else self.unsound_in_a_row + 1
         self.row, self.all_tokens = row, sums[1]

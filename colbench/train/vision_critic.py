@@ -106,7 +106,7 @@ def pair_step(critic: Critic, chosen: list, rejected: list, beta: float, weight:
     return -F.logsigmoid(beta * margin).item(), margin.item()
 
 
-def train_and_rank(args, accelerator, environment, make_pairs, todo: str) -> None:
+def train_and_rank(args, accelerator, environment, trajectory_pairs, todo: str) -> None:
     """train_critic.py with --vision-critic. Writes RUN/critic (adapter and head) and RUN/preferences.jsonl."""
     if accelerator.num_processes > 1:
         raise UserError("--vision-critic trains in one process: start it without accelerate's launcher")
@@ -117,7 +117,7 @@ def train_and_rank(args, accelerator, environment, make_pairs, todo: str) -> Non
             everything = load_trajectories(args.trajectories, environment.check_task)
             everything = of_first_tasks(everything, args.max_trajectories)
             trajectories = [t for t in everything if "reward" in t]
-            pairs = make_pairs(trajectories, args.pairs_per_task, args.seed)
+            pairs = trajectory_pairs(trajectories, args.pairs_per_task, args.seed)
             if not pairs:
                 raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories "
                                 "of different reward; collect more")

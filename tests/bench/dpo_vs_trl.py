@@ -32,7 +32,7 @@ os.environ["TQDM_DISABLE"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
-from train_policy import draw_pairs, policy_loss
+from train_policy import policy_loss, policy_pairs
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from colbench.lm.adapters import adapters_off
@@ -71,7 +71,7 @@ def make_states(args):
     for _ in range(args.states):
         prompt = [rng.randrange(args.shape["vocab_size"]) for _ in range(args.prompt)]
         candidates = [[rng.randrange(args.shape["vocab_size"]) for _ in range(args.response)] for _ in range(16)]
-        pairs = draw_pairs([rng.random() for _ in candidates], rng, 4)
+        pairs = policy_pairs([rng.random() for _ in candidates], rng, 4)
         used = sorted({k for pair in pairs for k in pair})
         states.append({"tree": (prompt, [], [candidates[k] for k in used]),
                        "pairs": [(used.index(a), used.index(b)) for a, b in pairs]})

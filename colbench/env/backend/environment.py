@@ -6,7 +6,7 @@ from colbench.env.backend.human import contradicts, make_human
 from colbench.env.backend.mini import details_of
 from colbench.env.backend.score import Scorer, share, success
 from colbench.env.backend.tasks import check_task, load_tasks
-from colbench.env.contract import Environment, percent
+from colbench.env.base import Environment, percent
 from colbench.env.data import failed
 from colbench.env.dialogue import MARKER
 from colbench.env.metrics import bootstrap, dialogue_metrics, leak_rate, success_rate

@@ -7,5 +7,5 @@ An agent shows web pages, a simulated human says how they differ from the one it
     human, reviewer                       who looks at the pages: a vision model, or a scripted comparison
     score                                 CLIP similarity, or a measure of pixels that needs no weights
     tasks                                 the published format, and WebSight by one command
-    environment                           all of it as the contract of colbench.env.contract wants it
+    environment                           all of it as the contract of colbench.env.base wants it
 """

@@ -5,7 +5,7 @@ The human sees the agent's page as a picture beside the page it has in mind.
 import re
 from functools import partial
 
-from colbench.env.contract import Environment, percent
+from colbench.env.base import Environment, percent
 from colbench.env.data import check_texts, read_tasks
 from colbench.env.dialogue import answer_of
 from colbench.env.frontend.browser import Renderer

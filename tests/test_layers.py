@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from colbench.env.contract import load_environment
+from colbench.env.base import load_environment
 from colbench.run.errors import UserError
 from conftest import help_page
 from stages import refused, run
@@ -133,7 +133,7 @@ def test_a_file_that_is_no_environment_is_refused_in_one_line(tmp_path):
             load_environment(str(path))
     with pytest.raises(UserError, match="backend, frontend or an existing FILE.py"):
         load_environment("no_such.py")
-    path.write_text("from colbench.env.contract import Environment\nclass A(Environment):\n    pass\n")
+    path.write_text("from colbench.env.base import Environment\nclass A(Environment):\n    pass\n")
     (tmp_path / "tasks.jsonl").write_text('{"problem_description": "x", "ground_truth": "y"}\n')
     flags = ["--env", path, "--run", tmp_path / "run", "--tasks", tmp_path / "tasks.jsonl"]
     assert "give it a method `human`" in refused("collect.py", *flags)

@@ -12,7 +12,7 @@ from colbench.lm.logps import pack, tree_tokens
 from colbench.run.files import append_jsonl, repair_jsonl
 
 
-def cached_logps(accelerator, path: Path, model, trees: list[tuple], budget: int,
+def cached_ref_logps(accelerator, path: Path, model, trees: list[tuple], budget: int,
                  compute) -> list[list[torch.Tensor]]:
     """Log-probs of the messages of every tree under the frozen reference, which do not change.
 

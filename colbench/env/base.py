@@ -43,7 +43,7 @@ class Environment:
     presets = {}  # stage (collect, train_critic, train_policy, evaluate) -> preset (tiny, llama) -> {flag: default}
     columns = {  # heading -> function of a policy's metrics that gives the text
         "success": percent("success"), "95 % interval": interval("success"), "reward": lambda m: f"{m['reward']:.3f}",
-        "turns": lambda m: f"{m['turns']:.1f}", "tokens/msg": lambda m: f"{m['tokens_a_message']:.1f}",
+        "turns": lambda m: f"{m['turns']:.1f}", "tokens/msg": lambda m: f"{m['tokens_per_message']:.1f}",
         "at limit": percent("answered_at_limit"),
         "n": lambda m: str(m["episodes"]), "errors": lambda m: str(m["errors"])}
     scored_by = "the environment"  # how an answer is scored, for the report's first sentence
@@ -172,7 +172,7 @@ def load_environment(spec: str) -> type[Environment]:
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Environment)
                and value.__module__ == name]
     if len(classes) != 1:
-        raise UserError(f"--env {spec}: one class that extends colbench.env.contract.Environment is wanted, "
+        raise UserError(f"--env {spec}: one class that extends colbench.env.base.Environment is wanted, "
                         f"there are {len(classes)}")
     return classes[0]
 
