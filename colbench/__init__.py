@@ -1,4 +1,4 @@
-"""ColBench and the plumbing of the four scripts, in rooms. colbench/README.md is the map; the scripts learn."""
+"""ColBench and the plumbing of the four scripts. The map is colbench/README.md."""
 from colbench.run.variables import settle
 
 settle()

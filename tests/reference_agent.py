@@ -1,16 +1,15 @@
-"""An OpenAI-compatible server that plays an agent which knows the reference: a few harmless questions, then the answer.
+"""An OpenAI-compatible server for an agent that knows the hidden code: it asks, then answers.
 
     python tests/reference_agent.py tasks.jsonl --port 8123                # always right
-    python tests/reference_agent.py tasks.jsonl --port 8123 --right 0.5    # half of the answers are broken, by seed
-    python collect.py --run runs/reference --tasks tasks.jsonl --n-tasks 300 --k 1 --candidate-share 0 \\
-        --human scripted --model http://127.0.0.1:8123/v1
+    python tests/reference_agent.py tasks.jsonl --port 8123 --right 0.5    # half broken, by seed
+    python collect.py --run runs/reference --tasks tasks.jsonl --n-tasks 300 --k 1 \\
+        --candidate-share 0 --human scripted --model http://127.0.0.1:8123/v1
 
-It checks a pipeline, not a model: with --right 1 every task scores 100 % unless the task itself or the scorer is at
-fault, and with --right 0.5 two trajectories of a task differ often enough to train a critic on any tasks. It serves
-/v1/models and /v1/chat/completions, reads from a request nothing but `messages`, `seed` and `max_tokens`, and keeps no
-state between requests.
+It checks a pipeline, not a model. With --right 1 every task scores 100 % unless the task or the
+scorer is at fault. With --right 0.5 two trajectories of a task differ often enough to train a
+critic on any tasks. It serves /v1/models and /v1/chat/completions, reads only `messages`, `seed`
+and `max_tokens` from a request, and keeps no state between requests.
 """
-
 import argparse
 import ast
 import json
@@ -37,9 +36,9 @@ QUESTIONS = (
 )
 
 
-def broken(reference: str) -> str:
-    """The reference with every function returning None, which never counts as right."""
-    tree = ast.parse(reference)
+def broken(hidden_code: str) -> str:
+    """The hidden code with every function returning None, which never counts as right."""
+    tree = ast.parse(hidden_code)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [ast.Return(ast.Constant(None))]
@@ -47,13 +46,15 @@ def broken(reference: str) -> str:
 
 
 class ReferenceAgent:
-    """Answers requests about its tasks. asks: questions before the answer; right: share of right answers."""
+    """Plays its tasks. asks: questions before the answer; right: share of right answers."""
 
     def __init__(self, tasks: list[dict], asks: int = 1, right: float = 1.0):
-        self.tasks, self.asks, self.right = {task["problem_description"].strip(): task for task in tasks}, asks, right
+        self.tasks = {task["problem_description"].strip(): task for task in tasks}
+        self.asks = asks
+        self.right = right
 
     def task_of(self, messages: list[dict]) -> dict | None:
-        """The task whose request stands in the user's first message, perhaps behind a system text."""
+        """The task whose request ends the first user message, perhaps after a system prompt."""
         first = next((m["content"] for m in messages if m["role"] == "user"), "").strip()
         if first in self.tasks:
             return self.tasks[first]
@@ -61,18 +62,21 @@ class ReferenceAgent:
         return self.tasks[max(inside, key=len)] if inside else None
 
     def message(self, messages: list[dict], seed: int) -> str | None:
-        """What the agent says next; None if it knows no such task."""
-        task, rng = self.task_of(messages), random.Random(seed)
+        """The agent's next message; None if the task is unknown."""
+        task = self.task_of(messages)
         if task is None:
             return None
+        rng = random.Random(seed)
         if sum(m["role"] == "assistant" for m in messages) < self.asks:
             return rng.choice(QUESTIONS)
-        code = task["ground_truth"] if rng.random() < self.right else broken(task["ground_truth"])
+        code = task["ground_truth"]
+        if rng.random() >= self.right:
+            code = broken(code)
         return f"{MARKER}\n```python\n{code}\n```"
 
 
 def make_server(agent: ReferenceAgent, port: int = 0) -> ThreadingHTTPServer:
-    """The server, listening on 127.0.0.1 (port 0: any free one, see .server_port); .serve_forever() runs it."""
+    """A server on 127.0.0.1 (port 0: any free one, see .server_port); .serve_forever() runs it."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -83,15 +87,16 @@ def make_server(agent: ReferenceAgent, port: int = 0) -> ThreadingHTTPServer:
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             text = agent.message(body["messages"], body.get("seed") or 0)
-            if text is None and body.get("max_tokens") == 1:  # a client that only looks whether the server is up
+            if text is None and body.get("max_tokens") == 1:  # a check that the server is up
                 text = "Hello"
             if text is None:
-                self.reply(400, {"error": {"message": "no task of mine begins with this request",
+                self.reply(400, {"error": {"message": "no task has this request",
                                            "type": "invalid_request_error"}})
             else:
                 message = {"role": "assistant", "content": text}
-                self.reply(200, {"id": "0", "object": "chat.completion", "created": 0, "model": NAME,
-                                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                self.reply(200, {"id": "0", "object": "chat.completion", "created": 0,
+                                 "model": NAME, "choices": [choice]})
 
         def reply(self, status, payload):
             data = json.dumps(payload).encode()
@@ -105,16 +110,19 @@ def make_server(agent: ReferenceAgent, port: int = 0) -> ThreadingHTTPServer:
             pass
 
     class Server(ThreadingHTTPServer):
-        daemon_threads, request_queue_size = True, 128
+        daemon_threads = True
+        request_queue_size = 128
 
     return Server(("127.0.0.1", port), Handler)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", help="a .jsonl file of tasks, or mini:train")
     parser.add_argument("--port", type=int, default=8123, help="(default: %(default)s)")
-    parser.add_argument("--asks", type=int, default=1, help="questions before the answer (default: %(default)s)")
+    parser.add_argument("--asks", type=int, default=1,
+                        help="questions before the answer (default: %(default)s)")
     parser.add_argument("--right", type=float, default=1.0,
                         help="probability of the right answer (default: %(default)s)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Tasks, trajectories and models by the name they have on the hub: its own client against a server on this machine."""
+"""Tasks, trajectories and models by their names on the hub: its client against a local server."""
 
 import hashlib
 import http.server
@@ -15,11 +15,13 @@ from colbench.env.backend.mini import mini_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE_FILE = "colbench_code_offline_15k_llama8b.jsonl"
+LOAD_TASKS = "colbench.env.backend.tasks.load_tasks"
 
 
 def trajectory(task):
     history = [{"role": "user", "content": task["problem_description"]},
-               {"role": "assistant", "content": "What is the toll?"}, {"role": "user", "content": "I don't know."},
+               {"role": "assistant", "content": "What is the toll?"},
+               {"role": "user", "content": "I don't know."},
                {"role": "assistant", "content": "I WANT TO ANSWER:\ndef f():\n    return 1"}]
     return {"task": {k: v for k, v in task.items() if k != "id"}, "dialogue_history": history,
             "answer": "def f():\n    return 1"}
@@ -30,7 +32,7 @@ def jsonl(rows):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Speaks the hub's paths and headers. owner/data is public; the other names say what is wrong with them."""
+    """A small hub. owner/data is public; the other names say what is wrong with them."""
 
     files = {"backend_tasks/test.jsonl": jsonl(mini_tasks("test", 2)),
              "backend_tasks/train.jsonl": jsonl(mini_tasks("train", 3)),
@@ -42,7 +44,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.asked.append(self.path)
         path = self.path.split("?")[0].removeprefix("/datasets")
         repository, _, file = path.strip("/").partition("/resolve/main/")
-        body, status, code = self.files.get(file), 200, None
+        body = self.files.get(file)
+        status, code = 200, None
         if repository == "old/data":  # renamed
             self.send_response(307)
             self.send_header("Location", self.path.replace("old/data", "owner/data"))
@@ -50,7 +53,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         if "gated" in repository:
             status, code = 403, "GatedRepo"
-        elif "private" in repository:  # to a stranger it is as if there were none
+        elif "private" in repository:  # looks like a missing one without a login
             status = 401
         elif "missing" in repository:
             status, code = 404, "RepoNotFound"
@@ -87,13 +90,14 @@ def hub():
 
 
 def environment(hub, home, offline=False):
-    names = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
+    names = {name: value for name, value in os.environ.items()
+             if not name.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
     return names | {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)),
                     "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
 
 
 def each(function, sources, env):
-    """What colbench's `function` (module.name) gives for each source: its length, or the text of its UserError."""
+    """Call `function` (module.name) on each source: the length of its result, or its UserError."""
     code = """if True:
         import importlib, json, sys
         from colbench.run.errors import UserError
@@ -103,70 +107,81 @@ def each(function, sources, env):
                 print(json.dumps(len(getattr(importlib.import_module(module), name)(source))))
             except UserError as error:
                 print(json.dumps(str(error)))"""
-    done = subprocess.run([sys.executable, "-c", code, function, *sources], env=env, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, function, *sources], env=env,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line[:1] in '"0123456789']
 
 
 def test_tasks_by_name(hub, tmp_path):
-    sources = {"owner/data": 2, "owner/data:test": 2, "owner/data:train": 3, "owner/data:other/file.jsonl": 1,
-               "old/data:train": 3, "hf://datasets/owner/data/backend_tasks/train.jsonl": 3}
-    assert each("colbench.env.backend.tasks.load_tasks", sources, environment(hub, tmp_path)) == list(sources.values())
-    assert any(path.endswith("/datasets/owner/data/resolve/main/backend_tasks/test.jsonl") for path in Hub.asked)
+    sources = {"owner/data": 2, "owner/data:test": 2, "owner/data:train": 3,
+               "owner/data:other/file.jsonl": 1, "old/data:train": 3,
+               "hf://datasets/owner/data/backend_tasks/train.jsonl": 3}
+    assert each(LOAD_TASKS, sources, environment(hub, tmp_path)) == list(sources.values())
+    assert any(path.endswith("/datasets/owner/data/resolve/main/backend_tasks/test.jsonl")
+               for path in Hub.asked)
 
 
 def test_trajectories_by_name(hub, tmp_path):
     sources = ["owner/data", "owner/data:offline", f"owner/data:{OFFLINE_FILE}",
                f"hf://datasets/owner/data/{OFFLINE_FILE}"]
-    assert each("colbench.env.data.load_trajectories", sources, environment(hub, tmp_path)) == [2] * 4
+    lengths = each("colbench.env.data.load_trajectories", sources, environment(hub, tmp_path))
+    assert lengths == [2] * 4
 
 
-def test_what_the_hub_refuses_is_one_line(hub, tmp_path):
+def test_what_the_hub_refuses_is_reported_in_one_line(hub, tmp_path):
     env = environment(hub, tmp_path)
-    cases = {"gated/data:test": f"gated/data is gated: accept its terms at {hub}/datasets/gated/data, then `hf auth",
-             "private/data:test": "the hub has no data set private/data, or a private one",
-             "missing/data": "the hub has no data set missing/data, or a private one",
-             "forbidden/data": "the hub refuses forbidden/data (403): `hf auth login` with a token that may read it",
-             "owner/data:none.jsonl": f"owner/data has no such file; {hub}/datasets/owner/data/tree/main lists them",
-             "broken/data": "the hub answers 500 for broken/data"}
-    for (source, words), got in zip(cases.items(), each("colbench.env.backend.tasks.load_tasks", cases, env),
-                                    strict=True):
+    cases = {
+        "gated/data:test":
+            f"gated/data is gated: accept its terms at {hub}/datasets/gated/data, then `hf auth",
+        "private/data:test": "the hub has no data set private/data, or a private one",
+        "missing/data": "the hub has no data set missing/data, or a private one",
+        "forbidden/data":
+            "the hub refuses forbidden/data (403): `hf auth login` with a token that may read it",
+        "owner/data:none.jsonl":
+            f"owner/data has no such file; {hub}/datasets/owner/data/tree/main lists them",
+        "broken/data": "the hub answers 500 for broken/data"}
+    for (source, words), got in zip(cases.items(), each(LOAD_TASKS, cases, env), strict=True):
         assert got.startswith(f"{source}: no such local file, and {words}") and "\n" not in got
         assert got.endswith("; or pass the path of a downloaded file")
 
 
 def test_without_the_hub(hub, tmp_path):
-    """What was fetched before still loads when the hub is down, or asking is forbidden; the rest is one line."""
-    assert each("colbench.env.backend.tasks.load_tasks", ["owner/data:test"], environment(hub, tmp_path)) == [2]
+    """Without the hub, fetched files still load; the others are reported in one line."""
+    assert each(LOAD_TASKS, ["owner/data:test"], environment(hub, tmp_path)) == [2]
     sources = ["owner/data:test", "owner/data:train"]
-    there, line = each("colbench.env.backend.tasks.load_tasks", sources, environment("http://127.0.0.1:9", tmp_path))
-    assert there == 2 and "http://127.0.0.1:9 does not answer, and owner/data was not fetched before" in line
-    there, line = each("colbench.env.backend.tasks.load_tasks", sources, environment(hub, tmp_path, offline=True))
-    assert there == 2 and "HF_HUB_OFFLINE forbids" in line
+    length, line = each(LOAD_TASKS, sources, environment("http://127.0.0.1:9", tmp_path))
+    assert length == 2
+    assert "http://127.0.0.1:9 does not answer, and owner/data was not fetched before" in line
+    length, line = each(LOAD_TASKS, sources, environment(hub, tmp_path, offline=True))
+    assert length == 2 and "HF_HUB_OFFLINE forbids" in line
 
 
 @pytest.mark.parametrize("function", ["load_tokenizer", "load_model"])
 def test_models_that_the_hub_refuses(hub, tmp_path, function):
-    env, cases = environment(hub, tmp_path), {
-        "gated/model": f"model gated/model: gated/model is gated: accept its terms at {hub}/gated/model, then `hf auth",
-        "private/model": "model private/model: the hub has no model private/model, or a private one",
-        "missing/model": "model missing/model: the hub has no model missing/model, or a private one"}
-    for words, got in zip(cases.values(), each(f"colbench.lm.load.{function}", cases, env), strict=True):
-        assert got.startswith(words) and "\n" not in got
+    env = environment(hub, tmp_path)
+    cases = {
+        "gated/model":
+            f"gated/model is gated: accept its terms at {hub}/gated/model, then `hf auth",
+        "private/model": "the hub has no model private/model, or a private one",
+        "missing/model": "the hub has no model missing/model, or a private one"}
+    results = each(f"colbench.lm.load.{function}", cases, env)
+    for (name, words), got in zip(cases.items(), results, strict=True):
+        assert got.startswith(f"model {name}: {words}") and "\n" not in got
     [line] = each(f"colbench.lm.load.{function}", ["owner/model"],
                   environment("http://127.0.0.1:9", tmp_path, offline=True))
-    assert line.startswith("model owner/model: ") and "not fetched before" in line and "\n" not in line
+    assert line.startswith("model owner/model: ") and "not fetched before" in line
+    assert "\n" not in line
 
 
 def collect(hub, home, *flags):
-    return subprocess.run([sys.executable, str(ROOT / "collect.py"), *flags], env=environment(hub, home),
-                          capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(ROOT / "collect.py"), *flags],
+                          env=environment(hub, home), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_collect_straight_from_the_hub(hub, tmp_path):
-    """The two commands of the README: tasks by name, and the published trajectories by name."""
+    """The README's commands: tasks by name, and the published trajectories by name."""
     for flags, count in ((["--tasks", "owner/data:train", "--k", "1"], 3),
                          (["--add-candidates-to", "owner/data:offline"], 2)):
         run = tmp_path / str(count)
@@ -177,4 +192,5 @@ def test_collect_straight_from_the_hub(hub, tmp_path):
         assert all(len(row["dialogue_history"][1]["candidates"]) == 16 for row in rows)
     done = collect(hub, tmp_path, "--run", str(tmp_path / "no"), "--tasks", "gated/data:train")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "is gated" in line]
+    assert any(line.startswith("error: ") and "is gated" in line
+               for line in done.stderr.splitlines())

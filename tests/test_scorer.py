@@ -1,5 +1,8 @@
-"""Verdicts: hand-written ones for the fixed mode, a plain Python process that does what the released evaluator does for
-the official mode."""
+"""Verdicts of both modes.
+
+The fixed mode is compared with hand-written verdicts, the official mode with a plain Python process
+that works like the released evaluator.
+"""
 import collections
 import datetime
 import json
@@ -16,9 +19,18 @@ from fractions import Fraction
 import pytest
 
 from colbench.env.backend import sandbox
-from colbench.env.backend.score import OfficialArray, Scorer, judge, nested_list, read, share, success
+from colbench.env.backend.score import (
+    OfficialArray,
+    Scorer,
+    judge,
+    nested_list,
+    read,
+    share,
+    success,
+)
 
-DOUBLE = {"ground_truth": "def f(x):\n    return x * 2", "test_cases": {"a": "f(1)", "b": "f(-3)", "c": "f(2.5)"}}
+DOUBLE = {"ground_truth": "def f(x):\n    return x * 2",
+          "test_cases": {"a": "f(1)", "b": "f(-3)", "c": "f(2.5)"}}
 GOOD = "def f(x):\n    return x * 2"
 
 
@@ -28,11 +40,12 @@ def scorer():
         yield it
 
 
-def task(reference, *calls):
-    return {"ground_truth": reference, "test_cases": {f"test{i}": call for i, call in enumerate(calls)}}
+def task(hidden_code, *calls):
+    return {"ground_truth": hidden_code,
+            "test_cases": {f"test{i}": call for i, call in enumerate(calls)}}
 
 
-# ---- fixed mode: where the code stands in the answer -----------------------------------------------------------------
+# ---- fixed mode: where the code is in the answer ------------------------------------------------
 TICKS = "`" * 3
 WRAPPINGS = {
     "bare": GOOD,
@@ -58,42 +71,56 @@ WRAPPINGS = {
     "byte order mark in the fence": f"{TICKS}python\n\ufeff{GOOD}\n{TICKS}",
     "tabs": "def f(x):\n\tif x:\n\t\treturn x * 2\n\treturn 0",
     "indented as a whole": "    def f(x):\n        return x * 2",
-    "prose without a fence": f"Here is the function.\n\n{GOOD}\n\nIt doubles its argument, doesn't it?",
+    "prose without a fence":
+        f"Here is the function.\n\n{GOOD}\n\nIt doubles its argument, doesn't it?",
     "prose with quotes": f'I\'d say "this":\n{GOOD}\nfrom here on it\'s yours.',
     "helper in an earlier fence":
-        f"{TICKS}python\ndef two():\n    return 2\n{TICKS}\nand\n{TICKS}python\ndef f(x):\n    return x * two()\n"
+        f"{TICKS}python\ndef two():\n    return 2\n{TICKS}\nand\n{TICKS}python\ndef f(x):\n"
+        f"    return x * two()\n"
         f"{TICKS}",
     "imports in an earlier fence":
-        f"{TICKS}\nimport math\n{TICKS}\n{TICKS}\ndef f(x):\n    return x * math.floor(2.5)\n{TICKS}",
+        f"{TICKS}\nimport math\n{TICKS}\n{TICKS}\ndef f(x):\n    return x * math.floor(2.5)\n"
+        f"{TICKS}",
     "a draft first":
-        f"{TICKS}python\ndef f(x):\n    return x\n{TICKS}\nOn second thought:\n{TICKS}python\n{GOOD}\n{TICKS}",
-    "an example that fails after": f"{TICKS}python\n{GOOD}\n{TICKS}\nUse:\n{TICKS}python\nprint(f(undefined))\n{TICKS}",
+        f"{TICKS}python\ndef f(x):\n    return x\n{TICKS}\nOn second thought:\n{TICKS}python\n"
+        f"{GOOD}\n{TICKS}",
+    "an example that fails after":
+        f"{TICKS}python\n{GOOD}\n{TICKS}\nUse:\n{TICKS}python\nprint(f(undefined))\n{TICKS}",
     "shell and output fences":
-        f"{TICKS}bash\npip install x\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}\n{TICKS}\n2\n4\n{TICKS}",
+        f"{TICKS}bash\npip install x\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}\n{TICKS}\n2\n4\n"
+        f"{TICKS}",
     "JSON fence first": f'{TICKS}json\n{{"f": 1}}\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}',
     "fence inside a docstring":
-        f'{TICKS}python\ndef f(x):\n    """Use:\n    >>> f(1)  # {TICKS}x{TICKS}\n    """\n    return x * 2\n{TICKS}',
+        f'{TICKS}python\ndef f(x):\n    """Use:\n    >>> f(1)  # {TICKS}x{TICKS}\n    """\n'
+        f'    return x * 2\n{TICKS}',
     "prose inside the fence's line": f"The code {TICKS}python\n{GOOD}\n{TICKS} is above.",
     **{f"stray {word!r}": f"{word}\n{GOOD}" for word in (
-        "assistant", "python", "Sure", "Sure, here", "Python:", "f", "f(1)", "None", "return", "break", "await it",
-        "Note: this", "raise ValueError", "assert f(1) == 2", "import no_such_module", "x = undefined", "exit()",
-        "class A(Undefined): pass", "python\nfrom __future__ import annotations", "import math\nok")},
-    **{f"{words!r} on the code's line": f"{words} {GOOD}" for words in ("assistant", "Answer:", "Here's f (short):")},
+        "assistant", "python", "Sure", "Sure, here", "Python:", "f", "f(1)", "None", "return",
+        "break", "await it", "Note: this", "raise ValueError", "assert f(1) == 2",
+        "import no_such_module", "x = undefined", "exit()", "class A(Undefined): pass",
+        "python\nfrom __future__ import annotations", "import math\nok")},
+    **{f"{words!r} on the code's line": f"{words} {GOOD}"
+       for words in ("assistant", "Answer:", "Here's f (short):")},
     "language and code on the fence's line": f"{TICKS}python {GOOD}\n{TICKS}",
     "indented below prose": "Sure:\n\n    " + GOOD.replace("\n", "\n    ") + "\n\nDone.",
     "examples that fail in between":
         "def f(x):\n    return g(x)\nprint(f(1))\nassert f(1) == 3\ndef g(x):\n    return x * 2",
-    **{f"stub later: {stub!r}": f"{TICKS}python\n{GOOD}\n{TICKS}\nIts signature:\n{TICKS}python\n{stub}\n{TICKS}"
-       for stub in ("def f(x): ...", 'def f(x):\n    """Doubles x."""', "def f(x):\n    'x'\n    pass",
-                    "def f(x):\n    raise NotImplementedError('later')", "class f: ...",
-                    "async def f(x):\n    raise NotImplementedError", "def f(x):\n    # your code\n    return None",
-                    "from typing import overload\n@overload\ndef f(x: int) -> int: ...")},
+    **{f"stub later: {stub!r}":
+       f"{TICKS}python\n{GOOD}\n{TICKS}\nIts signature:\n{TICKS}python\n{stub}\n{TICKS}"
+       for stub in (
+           "def f(x): ...", 'def f(x):\n    """Doubles x."""', "def f(x):\n    'x'\n    pass",
+           "def f(x):\n    raise NotImplementedError('later')", "class f: ...",
+           "async def f(x):\n    raise NotImplementedError",
+           "def f(x):\n    # your code\n    return None",
+           "from typing import overload\n@overload\ndef f(x: int) -> int: ...")},
     "stub in the same block": f"{GOOD}\n\ndef f(x): ...",
     "stub of a lambda": "f = lambda x: x * 2\ndef f(x): ...",
     "stub of a class":
         "class D:\n    def run(self, x):\n        return x * 2\ndef f(x):\n    return D().run(x)\n"
-        "class D:\n    'Doubles.'\n    def run(self, x):\n        raise NotImplementedError\n    def more(self): pass",
-    "stub first, in a fence, the code in prose": f"{TICKS}python\ndef f(x): ...\n{TICKS}\nAnd now:\n{GOOD}",
+        "class D:\n    'Doubles.'\n    def run(self, x):\n        raise NotImplementedError\n"
+        "    def more(self): pass",
+    "stub first, in a fence, the code in prose":
+        f"{TICKS}python\ndef f(x): ...\n{TICKS}\nAnd now:\n{GOOD}",
     "stub first": f"def f(x): ...\n{GOOD}",
 }
 
@@ -103,66 +130,86 @@ def test_code_is_found(scorer, name):
     assert scorer.score(DOUBLE, WRAPPINGS[name])["fixed"]["calls"] == ["passed"] * 3
 
 
-# ---- fixed mode: ways to write it ------------------------------------------------------------------------------------
+# ---- fixed mode: ways to write it ---------------------------------------------------------------
 LEGITIMATE = {
     "helper": "def g(x):\n    return x + x\ndef f(x):\n    return g(x)",
     "helper below": "def f(x):\n    return g(x)\ndef g(x):\n    return x + x",
     "import": "import math\ndef f(x):\n    return math.ldexp(x, 1)",
     "from import": "from operator import mul\ndef f(x):\n    return mul(x, 2)",
     "star import": "from operator import *\ndef f(x):\n    return mul(x, 2)",
-    "import os and sys": "import os, sys\ndef f(x):\n    return x * 2 if os.sep and sys.path is not None else None",
-    "module that is missing, unused": "try:\n    import no_such_module\nexcept ImportError:\n    pass\n" + GOOD,
-    "late stdlib import": "def f(x):\n    import xml.dom.minidom, colorsys, sched\n    return x * 2",
+    "import os and sys":
+        "import os, sys\ndef f(x):\n    return x * 2 if os.sep and sys.path is not None else None",
+    "module that is missing, unused":
+        "try:\n    import no_such_module\nexcept ImportError:\n    pass\n" + GOOD,
+    "late stdlib import":
+        "def f(x):\n    import xml.dom.minidom, colorsys, sched\n    return x * 2",
     "constant": "TWO = 2\ndef f(x):\n    return x * TWO",
     "global": "count = 0\ndef f(x):\n    global count\n    count += 2\n    return x * count",
     "recursion": "def f(x, n=2):\n    return 0 if n == 0 else x + f(x, n - 1)",
     "lambda": "f = lambda x: x * 2",
     "class": "class Doubler:\n    def __call__(self, x):\n        return x * 2\nf = Doubler()",
     "classes that inherit":
-        "class A:\n    k = 2\nclass B(A):\n    def run(self, x):\n        return super().k * x\ndef f(x):\n"
+        "class A:\n    k = 2\nclass B(A):\n    def run(self, x):\n        return super().k * x\n"
+        "def f(x):\n"
         "    return B().run(x)",
     "decorator":
-        "import functools\ndef d(g):\n    @functools.wraps(g)\n    def h(*a):\n        return g(*a) * 2\n"
+        "import functools\ndef d(g):\n    @functools.wraps(g)\n    def h(*a):\n"
+        "        return g(*a) * 2\n"
         "    return h\n@d\ndef f(x):\n    return x",
     "lru_cache": "from functools import lru_cache\n@lru_cache(None)\ndef f(x):\n    return x * 2",
     "dataclass":
         "from dataclasses import dataclass, field\n@dataclass\nclass P:\n    x: float\n"
-        "    k: list = field(default_factory=lambda: [2])\ndef f(x):\n    return P(x).x * P(x).k[0]",
+        "    k: list = field(default_factory=lambda: [2])\ndef f(x):\n"
+        "    return P(x).x * P(x).k[0]",
     "dataclass with slots and future":
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass(slots=True)\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass(slots=True)\n"
         "class P:\n    x: float\ndef f(x: float) -> float:\n    return P(x).x * 2",
     "typing":
         "from typing import List, Optional, Union, TypeVar\nT = TypeVar('T')\n"
         "def f(x: Union[int, float], y: Optional[List[T]] = None) -> float:\n    return x * 2",
-    "NamedTuple": "from typing import NamedTuple\nclass P(NamedTuple):\n    x: float\ndef f(x):\n    return P(x).x * 2",
-    "enum": "from enum import Enum\nclass K(Enum):\n    TWO = 2\ndef f(x):\n    return x * K.TWO.value",
+    "NamedTuple":
+        "from typing import NamedTuple\nclass P(NamedTuple):\n    x: float\ndef f(x):\n"
+        "    return P(x).x * 2",
+    "enum":
+        "from enum import Enum\nclass K(Enum):\n    TWO = 2\ndef f(x):\n    return x * K.TWO.value",
     "IntEnum result":
-        "from enum import IntEnum\ndef f(x):\n    if x == 1:\n        return IntEnum('K', {'A': 2}).A\n"
+        "from enum import IntEnum\ndef f(x):\n    if x == 1:\n"
+        "        return IntEnum('K', {'A': 2}).A\n"
         "    return x * 2",
     "asyncio":
         "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return x * 2\ndef f(x):\n"
         "    return asyncio.run(g(x))",
     "asyncio and a thread":
-        "import asyncio\ndef f(x):\n    async def g():\n        return await asyncio.to_thread(lambda: x * 2)\n"
+        "import asyncio\ndef f(x):\n    async def g():\n"
+        "        return await asyncio.to_thread(lambda: x * 2)\n"
         "    return asyncio.run(g())",
     "threads":
-        "from concurrent.futures import ThreadPoolExecutor\ndef f(x):\n    with ThreadPoolExecutor(4) as pool:\n"
+        "from concurrent.futures import ThreadPoolExecutor\ndef f(x):\n"
+        "    with ThreadPoolExecutor(4) as pool:\n"
         "        return sum(pool.map(lambda _: x, range(2)))",
-    "generator inside": "def f(x):\n    def g():\n        yield x\n        yield x\n    return sum(g())",
+    "generator inside":
+        "def f(x):\n    def g():\n        yield x\n        yield x\n    return sum(g())",
     "comprehensions": "k = [1, 1]\ndef f(x):\n    return sum(x for _ in k)",
-    "comprehension at the top": "xs = [1, 1]\nys = [x + len(xs) - 1 for x in xs]\ndef f(x):\n    return x * ys[0]",
-    "decorated without a body, behind": "def d(g):\n    return lambda x: x * 2\ndef f(x):\n    return 0\n@d\n"
-                                        "def f(x): ...",
-    "class of another without a body, behind":
+    "comprehension at the top":
+        "xs = [1, 1]\nys = [x + len(xs) - 1 for x in xs]\ndef f(x):\n    return x * ys[0]",
+    "decorated without a body, later":
+        "def d(g):\n    return lambda x: x * 2\ndef f(x):\n    return 0\n@d\n"
+        "def f(x): ...",
+    "subclass without a body, later":
         "class A:\n    k = 2\nclass B:\n    k = 3\nclass B(A): pass\ndef f(x):\n    return x * B.k",
     "import that fails, then without a body":
-        "from no_such_module import g\ndef g(x): pass\ndef f(x):\n    return x * 2 if g(x) is None else 0",
-    "overload behind": GOOD + "\nfrom typing import overload\n@overload\ndef f(x: int) -> int: ...",
-    "prose, decorated": "It's here.\n\ndef d(g):\n    return lambda x: g(x) * 2\n\n@d\ndef f(x):\n    return x\n\n"
-                        "That's it!",
-    "prose, a constant first": "It's here:\n\nTWO = 2\n\ndef f(x):\n    return x * TWO\n\nThat's it!",
-    "prose, what a module keeps": "It's here.\n\nn = []\ndef add():\n    n.append(1)\nadd()\ndef f(x):\n"
-                                  "    return x * 2 * len(n)\n\nThat's it!",
+        "from no_such_module import g\ndef g(x): pass\ndef f(x):\n"
+        "    return x * 2 if g(x) is None else 0",
+    "overload later": GOOD + "\nfrom typing import overload\n@overload\ndef f(x: int) -> int: ...",
+    "prose, decorated":
+        "It's here.\n\ndef d(g):\n    return lambda x: g(x) * 2\n\n@d\ndef f(x):\n    return x\n\n"
+        "That's it!",
+    "prose, a constant first":
+        "It's here:\n\nTWO = 2\n\ndef f(x):\n    return x * TWO\n\nThat's it!",
+    "prose, what a module keeps":
+        "It's here.\n\nn = []\ndef add():\n    n.append(1)\nadd()\ndef f(x):\n"
+        "    return x * 2 * len(n)\n\nThat's it!",
     "match":
         "def f(x):\n    match x:\n        case 0:\n            return 0\n        case _:\n"
         "            return x * 2",
@@ -178,24 +225,34 @@ LEGITIMATE = {
     "test below that fails": GOOD + "\nassert f(1) == 3, 'oh'",
     "exit below": GOOD + "\nimport sys\nsys.exit(0)",
     "unittest below": GOOD + "\nimport unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
-                      "        self.assertEqual(f(1), 2)\nif __name__ == '__main__':\n    unittest.main()",
-    "doctest": "def f(x):\n    '''\n    >>> f(1)\n    2\n    '''\n    return x * 2\nimport doctest\ndoctest.testmod()",
+                      "        self.assertEqual(f(1), 2)\nif __name__ == '__main__':\n"
+                      "    unittest.main()",
+    "doctest":
+        "def f(x):\n    '''\n    >>> f(1)\n    2\n    '''\n    return x * 2\nimport doctest\n"
+        "doctest.testmod()",
     "logging":
-        "import logging\nlogging.basicConfig(level=logging.INFO)\nlog = logging.getLogger(__name__)\ndef f(x):\n"
+        "import logging\nlogging.basicConfig(level=logging.INFO)\n"
+        "log = logging.getLogger(__name__)\ndef f(x):\n"
         "    log.info('%s', x)\n    return x * 2",
     "warnings": "import warnings\ndef f(x):\n    warnings.warn('careful')\n    return x * 2",
     "argparse unused": "import argparse\n" + GOOD,
     "pickle and copy of own class":
         "import copy, pickle\nclass P:\n    def __init__(self, x):\n        self.x = x\ndef f(x):\n"
         "    return pickle.loads(pickle.dumps(copy.deepcopy(P(x)))).x * 2",
-    "inspect and frames": "import inspect\ndef f(x):\n    return x * len(inspect.signature(lambda a, b: 0).parameters)",
+    "inspect and frames":
+        "import inspect\ndef f(x):\n"
+        "    return x * len(inspect.signature(lambda a, b: 0).parameters)",
     "recursion limit":
-        "import sys\nsys.setrecursionlimit(5000)\ndef g(n):\n    return 0 if n == 0 else 1 + g(n - 1)\n"
+        "import sys\nsys.setrecursionlimit(5000)\ndef g(n):\n"
+        "    return 0 if n == 0 else 1 + g(n - 1)\n"
         "def f(x):\n    return x * 2 if g(3000) == 3000 else None",
-    "eval and exec": "def f(x):\n    names = {}\n    exec('k = 2', names)\n    return eval('x * k', {'x': x, **names})",
+    "eval and exec":
+        "def f(x):\n    names = {}\n    exec('k = 2', names)\n"
+        "    return eval('x * k', {'x': x, **names})",
     "unicode names": "π = 2\ndef f(x):\n    return x * π",
     "semicolons and one-liners": "import math; k = 2\ndef f(x): y = x * k; return y",
-    "default that changes": "def f(x, seen=[]):\n    seen.append(x)\n    return 2 * x if len(seen) == 1 else None",
+    "default that changes":
+        "def f(x, seen=[]):\n    seen.append(x)\n    return 2 * x if len(seen) == 1 else None",
     "redefined": "def f(x):\n    return 0\ndef f(x):\n    return x * 2",
     "keyword-only and star": "def f(*args, **kwargs):\n    return args[0] * 2",
     "context manager":
@@ -203,9 +260,11 @@ LEGITIMATE = {
         "    with c() as k:\n        return x * k",
     "time zone data":
         "from zoneinfo import ZoneInfo\nfrom datetime import datetime\ndef f(x):\n"
-        "    datetime(2024, 1, 1, tzinfo=ZoneInfo('UTC'))\n    datetime.strptime('2024', '%Y')\n    return x * 2",
+        "    datetime(2024, 1, 1, tzinfo=ZoneInfo('UTC'))\n    datetime.strptime('2024', '%Y')\n"
+        "    return x * 2",
     "subclass of list with a property":
-        "class L(list):\n    @property\n    def double(self):\n        return self[0] * 2\ndef f(x):\n"
+        "class L(list):\n    @property\n    def double(self):\n        return self[0] * 2\n"
+        "def f(x):\n"
         "    return L([x]).double",
 }
 
@@ -215,53 +274,73 @@ def test_legitimate_answer_passes(scorer, name):
     assert scorer.score(DOUBLE, LEGITIMATE[name])["fixed"]["calls"] == ["passed"] * 3
 
 
-# ---- fixed mode: results ---------------------------------------------------------------------------------------------
-EQUAL = [  # (reference, answer, verdict), both expressions for the body of f()
-    ("1", "True", "passed"), ("1", "1.0", "passed"), ("0.0", "-0.0", "passed"), ("'a'", "b'a'", "wrong"),
-    ("(1, 2)", "[1, 2]", "wrong"), ("[1, 2]", "(1, 2)", "wrong"), ("{1, 2}", "frozenset({2, 1})", "passed"),
-    ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}", "passed"), ("[]", "[]", "passed"), ("0", "None", "wrong"),
+# ---- fixed mode: results ------------------------------------------------------------------------
+EQUAL = [  # (hidden code, answer, verdict); the first two are expressions that f() returns
+    ("1", "True", "passed"), ("1", "1.0", "passed"), ("0.0", "-0.0", "passed"),
+    ("'a'", "b'a'", "wrong"),
+    ("(1, 2)", "[1, 2]", "wrong"), ("[1, 2]", "(1, 2)", "wrong"),
+    ("{1, 2}", "frozenset({2, 1})", "passed"),
+    ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}", "passed"), ("[]", "[]", "passed"),
+    ("0", "None", "wrong"),
     ("None", "None", "no reference value"), ("1 / 0", "1", "no reference value"),
     ("(i for i in [])", "1", "no reference value"),
     ("__import__('no_such')", "1", "no reference value"), ("lambda: 1", "1", "no reference value"),
-    ("1", "1 / 0", "raised"), ("1", "lambda: 1", "refused"), ("1", "__import__('os')._exit(0)", "died"),
+    ("1", "1 / 0", "raised"), ("1", "lambda: 1", "refused"),
+    ("1", "__import__('os')._exit(0)", "died"),
     ("float('nan')", "float('nan')", "wrong"), ("[float('nan')]", "[float('nan')]", "wrong"),
-    ("float('inf')", "10.0 ** 400 if 0 else float('inf')", "passed"), ("2 ** 200", "2 ** 200", "passed"),
+    ("float('inf')", "10.0 ** 400 if 0 else float('inf')", "passed"),
+    ("2 ** 200", "2 ** 200", "passed"),
     ("2 ** 53 + 1", "float(2 ** 53)", "wrong"), ("'\\ud83d\\ude00'", "'\\U0001f600'", "wrong"),
     ("'é'", "'e\\u0301'", "wrong"),
     ("__import__('collections').Counter('aab')", "{'a': 2, 'b': 1}", "passed"),
-    ("__import__('collections').OrderedDict(a=1, b=2)", "__import__('collections').OrderedDict(b=2, a=1)", "wrong"),
+    ("__import__('collections').OrderedDict(a=1, b=2)",
+     "__import__('collections').OrderedDict(b=2, a=1)", "wrong"),
     ("__import__('collections').OrderedDict(a=1, b=2)", "{'b': 2, 'a': 1}", "passed"),
-    ("__import__('collections').Counter(a=1, b=0)", "__import__('collections').Counter(a=1)", "passed"),
+    ("__import__('collections').Counter(a=1, b=0)", "__import__('collections').Counter(a=1)",
+     "passed"),
     ("__import__('collections').Counter(a=1, b=0)", "{'a': 1}", "wrong"),
-    ("__import__('numpy').float32(0.1)", "0.1", "passed"), ("[__import__('numpy').float16(0.1)]", "[0.1]", "passed"),
+    ("__import__('numpy').float32(0.1)", "0.1", "passed"),
+    ("[__import__('numpy').float16(0.1)]", "[0.1]", "passed"),
     ("__import__('numpy').float32(0.1)", "__import__('numpy').float64(0.1)", "wrong"),
     ("__import__('collections').defaultdict(list, a=[1])", "{'a': [1]}", "passed"),
-    ("__import__('collections').deque([1])", "__import__('collections').deque([1], maxlen=3)", "passed"),
+    ("__import__('collections').deque([1])", "__import__('collections').deque([1], maxlen=3)",
+     "passed"),
     ("__import__('collections').deque([1])", "[1]", "wrong"), ("range(3)", "range(0, 3)", "passed"),
-    ("{1: 2}.keys()", "{1: 3}.keys()", "passed"), ("{1: 2}.items()", "{(1, 2)}", "passed"), ("int", "int", "passed"),
-    ("int", "'int'", "wrong"), ("[int, str]", "[int, str]", "passed"), ("1 + 2j", "complex(1, 2)", "passed"),
+    ("{1: 2}.keys()", "{1: 3}.keys()", "passed"), ("{1: 2}.items()", "{(1, 2)}", "passed"),
+    ("int", "int", "passed"),
+    ("int", "'int'", "wrong"), ("[int, str]", "[int, str]", "passed"),
+    ("1 + 2j", "complex(1, 2)", "passed"),
     ("bytearray(b'a')", "b'a'", "passed"), ("__import__('decimal').Decimal('1.0')", "1", "passed"),
     ("__import__('decimal').Decimal('0.1')", "0.1", "wrong"),
     ("__import__('fractions').Fraction(1, 2)", "0.5", "passed"),
-    ("__import__('datetime').date(2024, 1, 2)", "__import__('datetime').date(2024, 1, 2)", "passed"),
-    ("__import__('datetime').datetime(2024, 1, 2)", "__import__('datetime').date(2024, 1, 2)", "wrong"),
+    ("__import__('datetime').date(2024, 1, 2)", "__import__('datetime').date(2024, 1, 2)",
+     "passed"),
+    ("__import__('datetime').datetime(2024, 1, 2)", "__import__('datetime').date(2024, 1, 2)",
+     "wrong"),
     ("__import__('datetime').datetime(2024, 1, 2, 3, tzinfo=__import__('datetime').timezone.utc)",
      "__import__('datetime').datetime(2024, 1, 2, 5, tzinfo=__import__('datetime').timezone("
      "__import__('datetime').timedelta(hours=2)))", "passed"),
     ("__import__('datetime').time(1, 2)", "__import__('datetime').time(1, 2)", "passed"),
-    ("__import__('datetime').timedelta(days=1)", "__import__('datetime').timedelta(hours=24)", "passed"),
-    ("set('ab')", "set('ba')", "passed"), ("list(set('abcdefg'))", "list(set('abcdefg'))", "passed"),  # one hash seed
-    ("__import__('random').random()", "__import__('random').random()", "passed"),  # one seed for random numbers
+    ("__import__('datetime').timedelta(days=1)", "__import__('datetime').timedelta(hours=24)",
+     "passed"),
+    ("set('ab')", "set('ba')", "passed"),
+    ("list(set('abcdefg'))", "list(set('abcdefg'))", "passed"),  # the same hash seed
+    ("__import__('random').random()", "__import__('random').random()", "passed"),  # the same seed
     ("__import__('numpy').random.rand()", "__import__('numpy').random.rand()", "passed"),
     ("__import__('numpy').array([1, 2])", "__import__('numpy').array([1.0, 2.0])", "passed"),
     ("__import__('numpy').array([1, 2])", "__import__('numpy').array([1, 3])", "wrong"),
-    ("__import__('numpy').array([1, 2])", "[1, 2]", "passed"), ("__import__('numpy').array([1, 2])", "1", "wrong"),
+    ("__import__('numpy').array([1, 2])", "[1, 2]", "passed"),
+    ("__import__('numpy').array([1, 2])", "1", "wrong"),
     ("(__import__('numpy').eye(2), 3)", "(__import__('numpy').eye(2), 3)", "passed"),
-    ("{'a': __import__('numpy').zeros((2, 0))}", "{'a': __import__('numpy').zeros((2, 0))}", "passed"),
-    ("__import__('numpy').int64(3)", "3", "passed"), ("3", "__import__('numpy').float64(3)", "passed"),
-    ("True", "__import__('numpy').bool_(True)", "passed"), ("'a'", "__import__('numpy').str_('a')", "passed"),
+    ("{'a': __import__('numpy').zeros((2, 0))}", "{'a': __import__('numpy').zeros((2, 0))}",
+     "passed"),
+    ("__import__('numpy').int64(3)", "3", "passed"),
+    ("3", "__import__('numpy').float64(3)", "passed"),
+    ("True", "__import__('numpy').bool_(True)", "passed"),
+    ("'a'", "__import__('numpy').str_('a')", "passed"),
     ("__import__('numpy').array(5)", "5", "passed"),
-    ("__import__('numpy').datetime64('2024-01-02')", "__import__('datetime').date(2024, 1, 2)", "passed"),
+    ("__import__('numpy').datetime64('2024-01-02')", "__import__('datetime').date(2024, 1, 2)",
+     "passed"),
     ("'a'", "__import__('enum').Enum('K', {'A': 'a'}, type=str).A", "passed"),
     ("'K.A'", "__import__('enum').Enum('K', {'A': 'a'}, type=str).A", "wrong"),
     ("'x'", "type('S', (str,), {'__str__': lambda self: 'x'})('a')", "wrong"),
@@ -269,42 +348,49 @@ EQUAL = [  # (reference, answer, verdict), both expressions for the body of f()
      "__import__('collections').OrderedDict(b=2, a=1)", "wrong"),
     ("__import__('types').MappingProxyType(__import__('collections').Counter(a=1, b=0))",
      "__import__('collections').Counter(a=1)", "passed"),
-    ("b'ac'", "memoryview(b'abcd')[::2]", "passed"), ("b'da'", "memoryview(b'abcd')[::-3]", "passed"),
+    ("b'ac'", "memoryview(b'abcd')[::2]", "passed"),
+    ("b'da'", "memoryview(b'abcd')[::-3]", "passed"),
     ("b'a'", "memoryview(b'a').cast('c')", "refused"),
     ("b'\\1\\0'", "memoryview(__import__('array').array('h', [1]))", "refused"),
-    ("__import__('collections').Counter(a=__import__('numpy').int64(1), b=__import__('numpy').int8(0))",
+    ("__import__('collections').Counter("
+     "a=__import__('numpy').int64(1), b=__import__('numpy').int8(0))",
      "__import__('collections').Counter(a=1)", "passed"),
 ]
 
 
-@pytest.mark.parametrize("reference, answer, verdict", EQUAL)
-def test_results_compare(scorer, reference, answer, verdict):
-    if "numpy" in reference + answer:
+@pytest.mark.parametrize("hidden_code, answer, verdict", EQUAL)
+def test_results_compare(scorer, hidden_code, answer, verdict):
+    if "numpy" in hidden_code + answer:
         pytest.importorskip("numpy")
-    made = [f"def f():\n    return {expression}" for expression in (reference, answer)]
+    made = [f"def f():\n    return {expression}" for expression in (hidden_code, answer)]
     assert scorer.score(task(made[0], "f()"), made[1])["fixed"]["calls"] == [verdict]
 
 
 def values():
-    """Values of every kind that travels, several equal to several others."""
+    """Values of every kind that leaves the sandbox; many are equal to others."""
     day, hours = datetime.datetime(2024, 1, 2), datetime.timedelta(hours=2)
-    yield from (0, 1, True, 1.0, -0.0, 0.5, Decimal("0.5"), Fraction(1, 2), 1 + 0j, 0.5j, 2**53, 2**53 + 1, 2.0**53,
-                0.1, Decimal("0.1"), "a", b"a", bytearray(b"a"), memoryview(b"a"), collections.UserString("a"), "1",
-                None, [1], (1,), [True], collections.UserList([1.0]), collections.namedtuple("P", "x")(1), {1},
-                frozenset({1.0}), deque([1]), deque([1], maxlen=4), range(0), range(2, 2), range(1, 2), slice(1),
-                slice(None, 1, None), ..., {}, {1: 1}, {1: 2}.keys(), {1: 3}.keys(), {1: 2}.items(), {(1, 2)},
-                {1: [2]}.items(), {1: [2.0]}.items(), int, float, [int], float("nan"), Decimal("nan"), 10**400)
+    yield from (0, 1, True, 1.0, -0.0, 0.5, Decimal("0.5"), Fraction(1, 2), 1 + 0j, 0.5j, 2**53,
+                2**53 + 1, 2.0**53, 0.1, Decimal("0.1"), "a", b"a", bytearray(b"a"),
+                memoryview(b"a"), collections.UserString("a"), "1", None, [1], (1,), [True],
+                collections.UserList([1.0]), collections.namedtuple("P", "x")(1), {1},
+                frozenset({1.0}), deque([1]), deque([1], maxlen=4), range(0), range(2, 2),
+                range(1, 2), slice(1), slice(None, 1, None), ..., {}, {1: 1}, {1: 2}.keys(),
+                {1: 3}.keys(), {1: 2}.items(), {(1, 2)}, {1: [2]}.items(), {1: [2.0]}.items(), int,
+                float, [int], float("nan"), Decimal("nan"), 10**400)
     yield from (day, day.date(), day.replace(tzinfo=datetime.timezone.utc), day.time(), hours,
                 (day + hours).replace(tzinfo=datetime.timezone(hours)), datetime.timedelta(0, 7200),
                 datetime.timezone.utc, datetime.timezone(hours), uuid.UUID(int=1), uuid.UUID(int=2),
-                pathlib.PurePosixPath("a/b"), pathlib.PurePosixPath("a//b"), types.SimpleNamespace(a=1),
+                pathlib.PurePosixPath("a/b"), pathlib.PurePosixPath("a//b"),
+                types.SimpleNamespace(a=1),
                 types.SimpleNamespace(a=True))
     for order in ("ab", "ba"):
         pairs = [(key, ord(key)) for key in order]
         for kind in (dict, OrderedDict, lambda pairs: Counter(dict(pairs)), collections.UserDict,
                      lambda pairs: collections.ChainMap(dict(pairs[:1]), dict(pairs[1:])),
-                     lambda pairs: types.MappingProxyType(dict(pairs)), lambda pairs: Counter({**dict(pairs), "c": 0}),
-                     lambda pairs: collections.defaultdict(int, pairs), lambda pairs: OrderedDict(pairs).keys()):
+                     lambda pairs: types.MappingProxyType(dict(pairs)),
+                     lambda pairs: Counter({**dict(pairs), "c": 0}),
+                     lambda pairs: collections.defaultdict(int, pairs),
+                     lambda pairs: OrderedDict(pairs).keys()):
             yield kind(pairs)
     yield {"k": [1, (2, {3: {4}}, Counter())]}
     yield OrderedDict(k=[1.0, (Fraction(2), {3.0: frozenset({4})}, Counter(z=0))])
@@ -313,29 +399,34 @@ def values():
 def numpy_values():
     numpy = pytest.importorskip("numpy")
     for name in ("float16", "float32", "float64", "complex64", "complex128"):
-        yield from (getattr(numpy, name)(value) for value in (0.1, 1, 2**11, float("inf"), float("nan")))
+        yield from (getattr(numpy, name)(value)
+                    for value in (0.1, 1, 2**11, float("inf"), float("nan")))
     for name in ("int8", "uint16", "int32", "int64", "uint64", "bool_"):
         yield getattr(numpy, name)(1)
-    yield from (numpy.int64(2**53 + 1), numpy.uint64(2**63), numpy.str_("a"), numpy.bytes_(b"a"), 2**63, 300, 1e300,
-                {"a": numpy.float32(0.1)}, {"a": 0.1}, {numpy.int8(1)}, {numpy.float32(0.1)}, {0.1}, 2**11 + 0.5,
-                (numpy.float32(0.1), "x"), (0.1, "x"), numpy.datetime64("2024-01-02"), numpy.timedelta64(2, "h"))
+    yield from (numpy.int64(2**53 + 1), numpy.uint64(2**63), numpy.str_("a"), numpy.bytes_(b"a"),
+     2**63, 300, 1e300,
+                {"a": numpy.float32(0.1)}, {"a": 0.1}, {numpy.int8(1)}, {numpy.float32(0.1)}, {0.1},
+                2**11 + 0.5,
+                (numpy.float32(0.1), "x"), (0.1, "x"), numpy.datetime64("2024-01-02"),
+                numpy.timedelta64(2, "h"))
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("array", [nested_list, OfficialArray])
 @pytest.mark.parametrize("more", [tuple, numpy_values])
 def test_equal_is_what_python_calls_equal(array, more):
-    """Every two of them, by Python's own == here and by what travels out of the sandbox."""
-    both = [(value, ("value", json.dumps(sandbox.encode(value)).encode())) for value in [*values(), *more()]]
+    """Every pair, by Python's own == here and by the data that leaves the sandbox."""
+    both = [(value, ("value", json.dumps(sandbox.encode(value)).encode()))
+            for value in [*values(), *more()]]
     wrong = []
     for a, a_sent in both:
         for b, b_sent in both:
             try:
                 equal = a == b
-                if getattr(equal, "shape", ()) and array is nested_list:  # a number and a list of one
-                    equal = False
+                if getattr(equal, "shape", ()) and array is nested_list:
+                    equal = False  # a number and a list of one
                 equal = bool(equal) and a is not None
-            except Exception:  # numpy's overflow, several truth values, no hash: nothing passes
+            except Exception:  # overflow, ambiguous truth value, no hash: never passes
                 equal = False
             if (judge(read(a_sent, array), b_sent, array) == "passed") != equal:
                 wrong.append((a, b, equal))
@@ -345,19 +436,23 @@ def test_equal_is_what_python_calls_equal(array, more):
 @pytest.mark.parametrize("kind", ["[v]", "(v, 1)", "{'a': v}", "frozenset([v])", "{(1, 2): [v]}",
                                   "__import__('collections').deque([v])"])
 def test_nested_results(scorer, kind):
-    """As deep as Python compares; deeper ones are no result, and the scorer goes on."""
-    code = "def f(depth, last):\n    v = last\n    for _ in range(depth):\n        v = " + kind + "\n    return v"
+    """Valid as deep as Python can compare; deeper ones are refused, and the scorer continues."""
+    code = ("def f(depth, last):\n    v = last\n    for _ in range(depth):\n"
+            "        v = " + kind + "\n    return v")
     deep = task(code, "f(300, 1)", "f(440, 1)", "f(5000, 1)", "f(60_000, 1)")
     result = scorer.score(deep, code)
-    assert result["fixed"]["calls"] == ["passed"] * 2 + ["no reference value"] * 2 and result["official"]["passed"] == 2
+    assert result["fixed"]["calls"] == ["passed"] * 2 + ["no reference value"] * 2
+    assert result["official"]["passed"] == 2
     other = code.replace("v = last", "v = last + 1")
-    assert scorer.score(deep, other)["fixed"]["calls"] == ["wrong"] * 2 + ["no reference value"] * 2
+    result = scorer.score(deep, other)
+    assert result["fixed"]["calls"] == ["wrong"] * 2 + ["no reference value"] * 2
     flat = task("def f(depth, last):\n    return 1", "f(5000, 1)", "f(60_000, 1)")
     assert scorer.score(flat, code)["fixed"]["calls"] == ["refused"] * 2
 
 
 def test_partial_credit_and_helpers(scorer):
-    result = scorer.score(DOUBLE, "def f(x):\n    if x == -3:\n        raise ValueError\n    return 2")
+    code = "def f(x):\n    if x == -3:\n        raise ValueError\n    return 2"
+    result = scorer.score(DOUBLE, code)
     assert result == {"fixed": {"passed": 1, "total": 3, "calls": ["passed", "raised", "wrong"],
                                 "expected": ["2", "-6", "5.0"], "got": ["2", None, "2"]},
                       "official": {"passed": 1, "total": 3}, "sandbox": scorer.tier}
@@ -366,12 +461,15 @@ def test_partial_credit_and_helpers(scorer):
 
 
 def test_what_is_shown_of_results(scorer):
-    """Short, the same in every process (sets), and made of data alone: an object's __repr__ has no say."""
-    reference = ("def f(k):\n    return [{'b', 'a', 'c'}, {frozenset('xy'), frozenset('ab')}, 'x' * 10 ** 4,\n"
-                 "            10 ** 5000,\n"
-                 "            list(range(99)), {'k': (1.5, None)}, 'a' * 10 ** 5, set(), frozenset()][k]")
-    answer = "class S(str):\n    def __repr__(self):\n        return '<script>'\ndef f(k):\n    return S('plain')"
-    result = scorer.score(task(reference, *(f"f({k})" for k in range(9))), answer)["fixed"]
+    """Short, the same in every process (sets), and never an object's own __repr__."""
+    hidden_code = (
+        "def f(k):\n"
+        "    return [{'b', 'a', 'c'}, {frozenset('xy'), frozenset('ab')}, 'x' * 10 ** 4,\n"
+        "            10 ** 5000,\n"
+        "            list(range(99)), {'k': (1.5, None)}, 'a' * 10 ** 5, set(), frozenset()][k]")
+    answer = ("class S(str):\n    def __repr__(self):\n        return '<script>'\n"
+              "def f(k):\n    return S('plain')")
+    result = scorer.score(task(hidden_code, *(f"f({k})" for k in range(9))), answer)["fixed"]
     a, b, long, digits, many, nested, huge, empty, frozen = result["expected"]
     assert a == "{'a', 'b', 'c'}" and b == "{frozenset({'a', 'b'}), frozenset({'x', 'y'})}"
     assert (empty, frozen) == ("set()", "frozenset()")
@@ -383,17 +481,20 @@ def test_what_is_shown_of_results(scorer):
 def test_timeouts_are_per_call(scorer):
     looping = "def f(x):\n    while x == 1:\n        pass\n    return x * 2"
     result = scorer.score(DOUBLE, looping)
-    assert result["fixed"]["calls"] == ["timed out", "passed", "passed"] and result["official"]["passed"] == 2
+    assert result["fixed"]["calls"] == ["timed out", "passed", "passed"]
+    assert result["official"]["passed"] == 2
 
 
 @pytest.mark.parametrize("answer, note", [
-    (None, "no answer"), ("", None), ("I WANT TO ANSWER:", None), ("I do not know.", None), ("def f(x: return", None),
+    (None, "no answer"), ("", None), ("I WANT TO ANSWER:", None), ("I do not know.", None),
+    ("def f(x: return", None),
     ("def g(x):\n    return x * 2", None),
     ("# " + "x" * 200_000 + "\n" + GOOD, "the answer is longer than 200000 bytes"),
     ("é" * 100_001, "the answer is longer than 200000 bytes"), (f"{TICKS}python\n{TICKS}", None)])
-def test_no_code_scores_nothing(scorer, answer, note):
+def test_no_code_scores_zero(scorer, answer, note):
     result = scorer.score(DOUBLE, answer)
-    assert result["fixed"]["passed"] == result["official"]["passed"] == 0 and result.get("note") == note
+    assert result["fixed"]["passed"] == result["official"]["passed"] == 0
+    assert result.get("note") == note
 
 
 def test_long_answer_within_the_limit(scorer):
@@ -414,14 +515,18 @@ def test_task_without_calls(scorer):
 def test_calls_of_other_shapes(scorer):
     shapes = task("class P:\n    def __init__(self, x):\n        self.x = x\n    def up(self):\n"
                   "        return self.x + 1",
-                  "P(1).up()", " P(2).x\n", "[P(3).x, P(4).up()]", "round(P(0.5).up(), 1)", "P(1).up() == 2", "P(")
-    assert scorer.score(shapes, shapes["ground_truth"])["fixed"]["calls"] == ["passed"] * 5 + ["no reference value"]
+                  "P(1).up()", " P(2).x\n", "[P(3).x, P(4).up()]", "round(P(0.5).up(), 1)",
+                  "P(1).up() == 2", "P(")
+    result = scorer.score(shapes, shapes["ground_truth"])
+    assert result["fixed"]["calls"] == ["passed"] * 5 + ["no reference value"]
 
 
 def test_score_many_keeps_the_order(scorer):
     answers = [f"def f(x):\n    return x * 2 if x != {k} else {k}" for k in (1, -3, 2.5, 9)] * 15
-    results = list(scorer.score_many((DOUBLE, answer) for answer in answers))
-    assert [r["fixed"]["calls"].index("wrong") if r["fixed"]["passed"] < 3 else 3 for r in results] == [0, 1, 2, 3] * 15
+    results = scorer.score_many((DOUBLE, answer) for answer in answers)
+    scores = [result["fixed"] for result in results]
+    first_wrong = [fixed["calls"].index("wrong") if fixed["passed"] < 3 else 3 for fixed in scores]
+    assert first_wrong == [0, 1, 2, 3] * 15
 
 
 def test_many_threads_at_once(scorer):
@@ -430,7 +535,8 @@ def test_many_threads_at_once(scorer):
     def work(k):
         own = task(f"def f(x):\n    return x + {k}", "f(1)", "f(2)")
         for _ in range(5):
-            if not success(scorer.score(own, f"def f(x):\n    return {k} + x")) or success(scorer.score(own, GOOD)):
+            right = success(scorer.score(own, f"def f(x):\n    return {k} + x"))
+            if not right or success(scorer.score(own, GOOD)):
                 wrong.append(k)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(10, 18)]
@@ -450,7 +556,7 @@ def test_scorer_made_in_a_thread_that_ended():
         assert success(scorer.score(DOUBLE, GOOD))
 
 
-# ---- official mode against a process that does as the released evaluator does ----------------------------------------
+# ---- official mode against a process that works like the released evaluator ---------------------
 EMULATOR = '''
 import json, signal, sys
 import multiprocessing
@@ -464,8 +570,9 @@ def outcome(source, call):
     except Exception:
         return None
 
-def rate(reference, answer, calls):
-    for word in "import os|from os|import sys|from sys|sudo|transformers|exit(|quit(|argparse".split("|"):
+def rate(hidden_code, answer, calls):
+    for word in ("import os", "from os", "import sys", "from sys", "sudo", "transformers", "exit(",
+                 "quit(", "argparse"):
         if word in answer:
             return 0
     if "`" * 3 + "python" in answer:
@@ -474,7 +581,7 @@ def rate(reference, answer, calls):
         answer = answer.split("`" * 3)[1].split("`" * 3)[0]
     count = 0
     for call in calls:
-        expected = outcome(reference, call)
+        expected = outcome(hidden_code, call)
         def late(*_):
             raise TimeoutError("late")
         signal.signal(signal.SIGALRM, late)
@@ -493,13 +600,13 @@ def rate(reference, answer, calls):
 
 def main():
     out, sys.stdout = sys.stdout, open("/dev/null", "w")
-    for reference, answer, calls in json.load(sys.stdin):
+    for hidden_code, answer, calls in json.load(sys.stdin):
         try:
-            print(rate(reference, answer, calls), file=out)
-        except BaseException as error:  # there the whole run ends
+            print(rate(hidden_code, answer, calls), file=out)
+        except BaseException as error:  # ends the whole run there
             print(type(error).__name__, file=out)
 '''
-REFERENCES = {
+HIDDEN_CODES = {
     "plain": GOOD,
     "import at the top": "import math\ndef f(x):\n    return math.floor(x * 2)",
     "import inside": "def f(x):\n    import math\n    return math.ldexp(x, 1)",
@@ -511,37 +618,46 @@ REFERENCES = {
     "exit": "def f(x):\n    exit(0)",
     "array": "def f(x):\n    import numpy as np\n    return np.array([x, x])",
     "array of one": "def f(x):\n    import numpy as np\n    return np.array([x * 2])",
-    "array of one in a list": "def f(x):\n    import numpy as np\n    return [np.array([x * 2]), 1]",
+    "array of one in a list":
+        "def f(x):\n    import numpy as np\n    return [np.array([x * 2]), 1]",
     "numpy scalar": "def f(x):\n    import numpy as np\n    return np.float64(x * 2)",
     "default argument keeps it": "import math\ndef f(x, m=math):\n    return m.ldexp(x, 1)",
     "global statement": "def f(x):\n    global kept\n    kept = x * 2\n    return kept",
 }
-ANSWERS = {**{f"wrapped: {k}": v for k, v in WRAPPINGS.items()}, **{f"written: {k}": v for k, v in LEGITIMATE.items()},
-           **{f"reference: {k}": v for k, v in REFERENCES.items() if k != "exit"}}
+ANSWERS = {**{f"wrapped: {k}": v for k, v in WRAPPINGS.items()},
+           **{f"written: {k}": v for k, v in LEGITIMATE.items()},
+           **{f"hidden code: {k}": v for k, v in HIDDEN_CODES.items() if k != "exit"}}
 ANSWERS.update({
     "empty": "", "no code": "I give up.", "sudo": f"# sudo\n{GOOD}",
     "sudo in prose": f"No sudo.\n{TICKS}python\n{GOOD}\n{TICKS}",
     "exit in a name": "def f(x):\n    def my_exit(): pass\n    return x * 2",
     "from sys": f"from system_x: none\n{GOOD}",
-    "two python fences": f"{TICKS}python\ndef f(x):\n    return 0\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}",
+    "two python fences":
+        f"{TICKS}python\ndef f(x):\n    return 0\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}",
     "plain then python": f"{TICKS}\nx = 1\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}",
-    "three plain fences": f"{TICKS}\n{GOOD}\n{TICKS}\n{TICKS}\n1\n{TICKS}", "one tick fence": f"{TICKS}{GOOD}",
-    "odd fences": f"a {TICKS} b {TICKS} c {TICKS}", "python word after": f"{TICKS}python {GOOD}\n{TICKS}",
+    "three plain fences":
+        f"{TICKS}\n{GOOD}\n{TICKS}\n{TICKS}\n1\n{TICKS}", "one tick fence": f"{TICKS}{GOOD}",
+    "odd fences":
+        f"a {TICKS} b {TICKS} c {TICKS}", "python word after": f"{TICKS}python {GOOD}\n{TICKS}",
     "catches the alarm":
-        "def f(x):\n    try:\n        while x == 1:\n            pass\n    except Exception:\n        pass\n"
+        "def f(x):\n    try:\n        while x == 1:\n            pass\n    except Exception:\n"
+        "        pass\n"
         "    return x * 2",
     "loop": "def f(x):\n    while x == 1:\n        pass\n    return x * 2",
     "sleep": "def f(x):\n    import time\n    time.sleep(1.3 if x == 1 else 0)\n    return x * 2",
     "loop at the top": "import time\ntime.sleep(0.4)\n" + GOOD,
     "reads evaluator's locals": "k = len(test_case) + len(function_definition)\n" + GOOD,
     "evaluator's locals in the function": "def f(x):\n    return test_case",
-    "evaluator's modules": "def f(x):\n    return x * 2 if signal and multiprocessing and Empty else None",
+    "evaluator's modules":
+        "def f(x):\n    return x * 2 if signal and multiprocessing and Empty else None",
     "comprehension over a name": "k = [1, 1]\nn = [i for i in k]\ndef f(x):\n    return x * 2",
     "comprehension with a name inside":
-        "k = 2\ntry:\n    n = [k for i in range(2)]\nexcept NameError:\n    n = [1]\ndef f(x, n=len(n)):\n"
+        "k = 2\ntry:\n    n = [k for i in range(2)]\nexcept NameError:\n    n = [1]\n"
+        "def f(x, n=len(n)):\n"
         "    return x * n",
     "decorated by own": "def d(g):\n    return lambda x: g(x) * 2\n@d\ndef f(x):\n    return x",
-    "own name": "def f(x):\n    return x * 2 if __name__.startswith('__main') is not None else None",
+    "own name":
+        "def f(x):\n    return x * 2 if __name__.startswith('__main') is not None else None",
     "lambda in a default": "def f(x, g=lambda y: y * 2):\n    return g(x)",
     "state over calls by global":
         "def f(x):\n    global n\n    try:\n        n += 1\n    except NameError:\n        n = 1\n"
@@ -552,7 +668,9 @@ ANSWERS.update({
     "null byte": GOOD + "\0",
     "byte order mark": "\ufeff" + GOOD, "form feed": "\f" + GOOD,
     "tabs and spaces": "def f(x):\n\ty = 1\n        return x",
-    "trailing backslash": GOOD + "\n\\", "array answer": "def f(x):\n    import numpy\n    return numpy.array([x * 2])",
+    "trailing backslash":
+        GOOD + "\n\\", "array answer": "def f(x):\n    import numpy\n"
+                                       "    return numpy.array([x * 2])",
     "array of two": "def f(x):\n    import numpy\n    return numpy.array([x, x])",
     "list of one": "def f(x):\n    return [x * 2]",
     "list of array": "def f(x):\n    import numpy\n    return [numpy.array([x * 2]), 1]",
@@ -561,65 +679,86 @@ ANSWERS.update({
     "empty array": "def f(x):\n    import numpy\n    return numpy.array([])",
     "text": "def f(x):\n    return str(x * 2)",
 })
-ANSWERS.update({f"modes differ: {name}": code for name, code in {  # or do not, for all their looks
+ANSWERS.update({f"modes differ: {name}": code for name, code in {  # or only look as if they do
     "raises": "def f(x):\n    return x * 2 if x > 0 else 1 / 0",
-    "helper for some": "def g(x):\n    return x * 2\ndef f(x):\n    return g(x) if x == 1 else x * 2",
+    "helper for some":
+        "def g(x):\n    return x * 2\ndef f(x):\n    return g(x) if x == 1 else x * 2",
     "star import": "from math import *\ndef f(x):\n    return ldexp(x, 1)",
     "an example raises": f"{GOOD}\n1 / 0",
-    "an example raises in a fence behind": f"{TICKS}python\n{GOOD}\n{TICKS}\n{TICKS}python\n1 / 0\n{TICKS}",
-    "another definition behind":
+    "an example raises in a later fence":
+        f"{TICKS}python\n{GOOD}\n{TICKS}\n{TICKS}python\n1 / 0\n{TICKS}",
+    "another definition later":
         f"{TICKS}python\ndef f(x):\n    return x\n{TICKS}\n{TICKS}python\n{GOOD}\n{TICKS}",
     "evaluator's locals": "def f(x, n=len(test_case)):\n    return x * 2",
     "its own name": "def f(x):\n    return x * 2 if __name__ != 'answer' else None",
-    "global": "def f(x):\n    global own\n    own = globals().get('own', 0) + 1\n    return x * 2 if own > 1 else 0",
-    "global without a look": "def f(x):\n    global its\n    try:\n        its += 1\n    except NameError:\n"
-                             "        its = 1\n    return x * 2 if its > 1 else 0",
+    "global":
+        "def f(x):\n    global own\n    own = globals().get('own', 0) + 1\n"
+        "    return x * 2 if own > 1 else 0",
+    "global without a look":
+        "def f(x):\n    global its\n    try:\n        its += 1\n    except NameError:\n"
+        "        its = 1\n    return x * 2 if its > 1 else 0",
     "class that knows itself": f"class C:\n    def k(self):\n        return C\n{GOOD}",
     "class that uses a class": f"class C:\n    k = 2\nclass D:\n    k = C.k\n{GOOD}",
     "main": f"{GOOD}\nif __name__ == '__main__':\n    1 / 0",
     "what stays in a module":
         "def f(x):\n    import math\n    math.own = getattr(math, 'own', 0) + 1\n"
         "    return x * 2 if math.own > 1 else 0",
-    "alarm caught": "def f(x):\n    try:\n        while x == -3: pass\n    except Exception: pass\n    return x * 2",
-    "alarm caught by with": "def f(x):\n    from contextlib import suppress\n    with suppress(Exception):\n"
-                            "        while x == -3: pass\n    return x * 2",
-    "frame of a generator": "def two():\n    return 2\ndef f(x):\n"
-                            "    return x * (0 for _ in ()).gi_frame.f_globals['two']()",
-    "attribute by a text": "def two():\n    return 2\ndef f(x):\n"
-                           "    return x * getattr(lambda: 0, '__glo' 'bals__')['two']()",
-    "attribute by a format": "def f(x):\n    g = (0 for _ in ())\n"
-                             "    return x * 2 if 'two' in '{0.gi_frame.f_globals}'.format(g) else 0\ntwo = 2",
-    "attribute by a match": "def two():\n    return 2\ndef f(x):\n    match lambda: 0:\n"
-                            "        case object(__globals__=names):\n            return x * names['two']()",
-    "else of main": "if __name__ == '__main__':\n    pass\nelse:\n    n = 2 if __name__ == 'answer' else 0\n"
-                    "def f(x, n=n):\n    return x * n",
+    "alarm caught":
+        "def f(x):\n    try:\n        while x == -3: pass\n    except Exception: pass\n"
+        "    return x * 2",
+    "alarm caught by with":
+        "def f(x):\n    from contextlib import suppress\n    with suppress(Exception):\n"
+        "        while x == -3: pass\n    return x * 2",
+    "frame of a generator":
+        "def two():\n    return 2\ndef f(x):\n"
+        "    return x * (0 for _ in ()).gi_frame.f_globals['two']()",
+    "attribute from a string":
+        "def two():\n    return 2\ndef f(x):\n"
+        "    return x * getattr(lambda: 0, '__glo' 'bals__')['two']()",
+    "attribute by a format":
+        "def f(x):\n    g = (0 for _ in ())\n"
+        "    return x * 2 if 'two' in '{0.gi_frame.f_globals}'.format(g) else 0\n"
+        "two = 2",
+    "attribute by a match":
+        "def two():\n    return 2\ndef f(x):\n    match lambda: 0:\n"
+        "        case object(__globals__=names):\n"
+        "            return x * names['two']()",
+    "else of main":
+        "if __name__ == '__main__':\n    pass\nelse:\n    n = 2 if __name__ == 'answer' else 0\n"
+        "def f(x, n=n):\n    return x * n",
     "annotation": "k = 2\ndef f(x: [k for _ in (1,)]):\n    return x * 2",
     "annotation of the evaluator's": "def f(x: test_case):\n    return x * 2",
     "import of what a module lacks": "from math import no_such\ndef f(x):\n    return x * 2",
-    "random numbers of a module": "def f(x):\n    import statistics as s\n"
-                                  "    return x * 2 if s.random.random() == 0.8444218515250481 else 0",
-    "an example behind sets a state": f"{TICKS}python\ndef f(x):\n    import math\n    return x * math.kept\n{TICKS}\n"
-                                      f"{TICKS}python\nsetattr(__import__('math'), 'kept', 2)\n{TICKS}",
-    "an example behind fills a default":
-        f"{TICKS}python\ndef f(x, seen=[]):\n    seen.append(x)\n    return x * 2 if len(seen) == 1 else 0\n{TICKS}\n"
+    "random numbers of a module":
+        "def f(x):\n    import statistics as s\n"
+        "    return x * 2 if s.random.random() == 0.8444218515250481 else 0",
+    "a later example sets a state":
+        f"{TICKS}python\ndef f(x):\n    import math\n    return x * math.kept\n{TICKS}\n"
+        f"{TICKS}python\nsetattr(__import__('math'), 'kept', 2)\n"
+        f"{TICKS}",
+    "a later example fills a default":
+        f"{TICKS}python\ndef f(x, seen=[]):\n    seen.append(x)\n"
+        f"    return x * 2 if len(seen) == 1 else 0\n{TICKS}\n"
         f"{TICKS}python\nprint(f(7))\n{TICKS}",
-    "a stray word": f"python\n{GOOD}", "a stub behind": f"{GOOD}\ndef f(x): ...",
+    "a stray word": f"python\n{GOOD}", "a stub later": f"{GOOD}\ndef f(x): ...",
 }.items()})
-PAIRS = [(REFERENCES["plain"], answer) for answer in ANSWERS.values()]
-PAIRS += [(reference, answer) for key, reference in REFERENCES.items() if key not in ("plain", "exit")
-          for answer in [GOOD, reference, LEGITIMATE["import"], ANSWERS["array answer"], ANSWERS["array of two"],
-                         ANSWERS["list of array"], ANSWERS["list of one"], ANSWERS["array without dimension"]]]
+PAIRS = [(HIDDEN_CODES["plain"], answer) for answer in ANSWERS.values()]
+PAIRS += [(hidden_code, answer)
+          for key, hidden_code in HIDDEN_CODES.items() if key not in ("plain", "exit")
+          for answer in [GOOD, hidden_code, LEGITIMATE["import"], *(ANSWERS[name] for name in (
+              "array answer", "array of two", "list of array", "list of one",
+              "array without dimension"))]]
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """What the released evaluator gives for each of PAIRS on the calls of DOUBLE."""
+    """Return the released evaluator's score of each of PAIRS on DOUBLE's calls."""
     folder = tmp_path_factory.mktemp("evaluator")
     (folder / "evaluator.py").write_text(EMULATOR)  # a module, so that code sees no "__main__"
     calls = list(DOUBLE["test_cases"].values())
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import evaluator; evaluator.main()"], cwd=folder,
-                          capture_output=True, text=True, timeout=60,
-                          input=json.dumps([(reference, answer, calls) for reference, answer in PAIRS]))
+    command = [sys.executable, "-W", "ignore", "-c", "import evaluator; evaluator.main()"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60,
+                          input=json.dumps([(*pair, calls) for pair in PAIRS]))
     assert len(done.stdout.split()) == len(PAIRS) >= 100, done.stderr
     return done.stdout.split()
 
@@ -628,11 +767,12 @@ def released(tmp_path_factory):
 @pytest.mark.parametrize("slow_s", [pytest.param(sandbox.SLOW_S, id="as it is"),
                                     pytest.param(0, id="all are slow", marks=pytest.mark.slow)])
 def test_official_mode_equals_the_released_evaluator(scorer, released, slow_s, monkeypatch):
-    """`all are slow`: the fixed mode goes first, and its outcomes stand for this one's if the programs are the same."""
+    """`all are slow`: fixed goes first; official takes over its outcomes if the programs agree."""
     pytest.importorskip("numpy")
     monkeypatch.setattr(sandbox, "SLOW_S", slow_s)
     theirs, calls = released, list(DOUBLE["test_cases"].values())
-    results = list(scorer.score_many((task(reference, *calls), answer) for reference, answer in PAIRS))
+    results = scorer.score_many((task(hidden_code, *calls), answer)
+                                for hidden_code, answer in PAIRS)
     ours = [str(result["official"]["passed"]) for result in results]
     assert [(a, b, pair) for a, b, pair in zip(ours, theirs, PAIRS) if a != b] == []
     assert {"0", "3"} < set(theirs)
@@ -644,6 +784,7 @@ def test_official_mode_survives_what_ends_the_released_evaluator(scorer, answer)
     assert scorer.score(DOUBLE, answer)["official"]["passed"] == 0
 
 
-def test_official_mode_never_wins_a_reference_with_a_module_level_import(scorer):
-    result = scorer.score(task(REFERENCES["import at the top"], "f(1)"), REFERENCES["import at the top"])
+def test_official_mode_fails_hidden_code_with_a_module_level_import(scorer):
+    code = HIDDEN_CODES["import at the top"]
+    result = scorer.score(task(code, "f(1)"), code)
     assert result["fixed"]["passed"] == 1 and result["official"]["passed"] == 0

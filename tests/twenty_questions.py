@@ -1,31 +1,35 @@
-"""Twenty questions as an environment of one's own: somebody thinks of a word, the agent asks what can be answered by
-yes or no, then says the word. One file beside the scripts is all it takes:
+"""Twenty questions, an example of a custom environment in one file.
 
-    for script in collect train_critic train_policy evaluate; do python $script.py --env tests/twenty_questions.py; done
+Somebody thinks of a word. The agent asks yes-or-no questions, then says the word.
 
-The embedded model was taught another game and never learns to win this one; --model takes one that can play.
+    for script in collect train_critic train_policy evaluate; do
+        python $script.py --env tests/twenty_questions.py
+    done
+
+The embedded model learned a different game and never wins this one; use --model for one that can.
 """
 import random
 import re
 
 from colbench.env.base import Environment, percent
 
-WORDS = ("acorn apple bridge candle dolphin engine feather guitar hammer island jacket kettle ladder mirror needle "
-         "orchard pencil quilt rabbit saddle teapot umbrella violin window yoghurt zebra anchor basket desk").split()
+WORDS = ("acorn apple bridge candle dolphin engine feather guitar hammer island jacket kettle "
+         "ladder mirror needle orchard pencil quilt rabbit saddle teapot umbrella violin window "
+         "yoghurt zebra anchor basket desk").split()
 
 
 class Answerer:
-    """The human. `reply` is all that is needed; `repeatable` says that equal calls get equal replies."""
+    """The human. Only `reply` is required; `repeatable`: equal calls get equal replies."""
 
     repeatable = True
 
     def reply(self, tasks, histories, seeds):
-        """One text for each dialogue; the agent's question is the last message of it."""
+        """One reply per dialogue, to its last message."""
         return [self.answer(task["ground_truth"], history[-1]["content"].lower())
                 for task, history in zip(tasks, histories)]
 
     def answer(self, word, question):
-        """Is it a WORD? Does it have the letter X? How long is it, more than N letters?"""
+        """Understands "Is it WORD?", "Does it have the letter X?", "Is it more than N letters?"."""
         if word in question:
             return "Yes, that is it!"
         if letter := re.search(r"letter ([a-z])\b", question):
@@ -36,11 +40,11 @@ class Answerer:
 
 
 class TwentyQuestions(Environment):
-    """Reward: 1 for the word; else a tenth of the share of its letters that the answer holds, so that tries
-    differ."""
+    """Reward: 1 for the word, else a tenth of the share of its letters that the answer has."""
 
-    prompt = ("Somebody thinks of a word. You have {max_turns} messages. Ask one question at a time that can be "
-              "answered by yes or no; when you know the word, say it behind \"I WANT TO ANSWER:\".")
+    prompt = ("Somebody thinks of a word. You have {max_turns} messages. Ask one question at a "
+              "time that can be answered by yes or no; when you know the word, say it behind "
+              "\"I WANT TO ANSWER:\".")
     presets = {
         "collect": {"tiny": dict(tasks="train", n_tasks=18, k=6, candidate_share=0.3)},
         "evaluate": {"tiny": dict(tasks="test", n_tasks=10)},
@@ -49,21 +53,23 @@ class TwentyQuestions(Environment):
 
     @classmethod
     def tasks(cls, source, limit=None):
-        """"train" and "test" hold different words; any other source is a file in the published format."""
+        """"train" and "test" have different words; any other source is a file of tasks."""
         if source not in ("train", "test"):
             return super().tasks(source, limit)
         words = random.Random(0).sample(WORDS, len(WORDS))
         words = words[:18] if source == "train" else words[18:]
-        return [{"id": f"word-{word}", "problem_description": f"I am thinking of a word with {len(word)} letters.",
+        return [{"id": f"word-{word}",
+                 "problem_description": f"I am thinking of a word with {len(word)} letters.",
                  "ground_truth": word} for word in words[:limit]]
 
     def human(self, spec, chat=None):
-        """There is one kind."""
+        """Always the same; `spec` is ignored."""
         return Answerer()
 
     def score(self, pairs):
-        """(reward, what else is kept) of each (task, answer)."""
+        """(reward, details to keep) per (task, answer)."""
         for task, answer in pairs:
             word, said = task["ground_truth"], answer.lower()
             share = sum(letter in said for letter in set(word)) / len(set(word))
-            yield (1.0 if re.search(rf"\b{word}\b", said) else share / 10), {"letters": round(share, 3)}
+            reward = 1.0 if re.search(rf"\b{word}\b", said) else share / 10
+            yield reward, {"letters": round(share, 3)}

@@ -1,22 +1,25 @@
-"""Rates with intervals, and what is counted about dialogues in every environment."""
+"""Rates with intervals, and the metrics of dialogues in every environment."""
 import math
 
 import numpy as np
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval), for hits of n independent episodes."""
+    """95 % interval of a share (Wilson's score interval): `hits` of n independent episodes."""
     if n == 0:
         return 0.0, 1.0
     z, p = 1.959964, hits / n
-    middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - width) / (1 + z * z / n)), min(1.0, (middle + width) / (1 + z * z / n))
+    middle = p + z * z / (2 * n)
+    width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - width) / scale), min(1.0, (middle + width) / scale)
 
 
 def bootstrap(values, tasks) -> tuple[float, float]:
     """95 % interval of a mean over episodes: percentiles of 10,000 means over resampled tasks.
 
-    Tasks, since episodes of one task are not independent. tasks: the id of each value's task. (0, 1) without values.
+    Tasks are resampled because episodes of one task are not independent.
+    tasks: the task id of each value. (0, 1) without values.
     """
     if not len(values):
         return 0.0, 1.0
@@ -30,8 +33,10 @@ def bootstrap(values, tasks) -> tuple[float, float]:
 
 
 def mean_95(values, tasks) -> tuple[float, float]:
-    """95 % interval of a mean of values from 0 to 1: by `bootstrap`, or, where all are equal and a bootstrap has no
-    width, Wilson's for that many tasks."""
+    """95 % interval of a mean of values from 0 to 1.
+
+    By `bootstrap`; if all values are equal, where that has no width, Wilson's for as many tasks.
+    """
     if len({*values}) > 1 or not len(values):
         return bootstrap(values, tasks)
     n = len({*tasks})
@@ -39,32 +44,36 @@ def mean_95(values, tasks) -> tuple[float, float]:
 
 
 def paired(pairs: list[tuple[float, float]], tasks: list[str]) -> tuple[float, tuple[float, float]]:
-    """(mean difference, its 95 % interval) of pairs of values, one pair an episode of a task."""
+    """(mean difference, its 95 % interval) of pairs of values, one pair per episode."""
     differences = [float(a) - float(b) for a, b in pairs]
     return float(np.mean(differences)), bootstrap(differences, tasks)
 
 
 def pass_hat(c: int, n: int, k: int) -> float:
-    """pass^k of a task of which c of n episodes were right: the chance that k of them, drawn without putting back, all
-    are. Unbiased for p^k."""
+    """pass^k of a task with c of n episodes right: the chance that k drawn of them are all right.
+
+    Drawn without replacement, which makes it unbiased for p^k.
+    """
     return math.comb(c, k) / math.comb(n, k)
 
 
 def pass_at(c: int, n: int, k: int) -> float:
-    """pass@k likewise: the chance that at least one of k is right. Unbiased for 1 - (1 - p)^k."""
+    """pass@k, likewise: the chance that at least one of k is right. Unbiased for 1 - (1 - p)^k."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def smallest_difference(values: list[float], tasks: list[str], samples: int = 1) -> float | None:
-    """The smallest true difference that a two-sided test at 5 % on these values finds in 80 % of all cases.
+    """The smallest true difference that a two-sided test at 5 % detects with 80 % power.
 
-    (1.960 + 0.842) standard errors of their mean, which is over tasks since episodes of one task are not independent.
-    values: paired differences; samples=2: of one of two equally large evaluations. None where they do not vary.
+    That is (1.960 + 0.842) standard errors of the mean, clustered by task because episodes of one
+    task are not independent. None if the values do not vary.
+    values: paired differences; with samples=2, outcomes of one of two equally large evaluations.
     """
     by_task = {}
     for value, task in zip(values, tasks):
         by_task.setdefault(task, []).append(value)
-    n, mean = len(by_task), sum(values) / max(1, len(values))
+    n = len(by_task)
+    mean = sum(values) / max(1, len(values))
     spread = sum(sum(value - mean for value in of_task) ** 2 for of_task in by_task.values())
     if n < 2 or spread < 1e-12:
         return None
@@ -73,26 +82,35 @@ def smallest_difference(values: list[float], tasks: list[str], samples: int = 1)
 
 
 def success_rate(wins: list[bool], tasks: list[str]) -> dict:
-    """{"success", "success_95"}. The interval is over tasks: Wilson's where each was played once, else a bootstrap."""
-    rate, n = sum(wins) / max(1, len(wins)), len({*tasks})
+    """{"success", "success_95"}. The interval is over tasks.
+
+    Wilson's if each task was played once, else a bootstrap.
+    """
+    rate = sum(wins) / max(1, len(wins))
+    n = len({*tasks})
     resampled = n < len(tasks) and 0 < rate < 1  # a bootstrap of equal outcomes has no width
-    interval = bootstrap(wins, tasks) if resampled else wilson(sum(wins) * n / max(1, len(tasks)), n)
+    if resampled:
+        interval = bootstrap(wins, tasks)
+    else:
+        interval = wilson(sum(wins) * n / max(1, len(tasks)), n)
     return {"success": rate, "success_95": interval}
 
 
 def dialogue_metrics(sound: list[dict]) -> dict:
-    """What is counted of episodes without an error.
+    """Metrics of the episodes without an error.
 
-    turns (agent messages an episode), tokens_per_message (as the agent's model counts them), answered_at_limit (share of
-    episodes whose last turn came without an answer).
+    turns: agent messages per episode
+    tokens_per_message: as the agent's model counts them
+    answered_at_limit: share of episodes whose last turn came without an answer
     """
-    n, said = max(1, len(sound)), [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
+    n = max(1, len(sound))
+    said = [m for line in sound for m in line["dialogue_history"] if m["role"] == "assistant"]
     tokens = [m["tokens"] for m in said if m.get("tokens") is not None]
     return {"turns": len(said) / n, "tokens_per_message": sum(tokens) / max(1, len(tokens)),
             "answered_at_limit": sum(line["outcome"] == "limit" for line in sound) / n}
 
 
 def leak_rate(sound: list[dict]) -> float:
-    """Share of human replies whose first draft held code of the reference."""
+    """Share of human replies whose first draft contained hidden code."""
     replies = [m for line in sound for m in line["dialogue_history"][1:] if m["role"] == "user"]
     return sum(m.get("leaked", False) for m in replies) / max(1, len(replies))

@@ -1,4 +1,4 @@
-"""How much memory a model takes, by arithmetic, before it is tried."""
+"""Estimate how much memory a model takes."""
 import psutil
 import torch
 
@@ -7,38 +7,44 @@ from colbench.run.settings import count
 
 
 def model_row(model, name: str, training: bool = False) -> str:
-    """Its name, number of weights and the bytes they take; with `training` also how many are trained."""
-    weights = model.num_parameters() if hasattr(model, "num_parameters") else sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = f"{name}: {count(weights)} weights in {model.get_memory_footprint() / 1e9:.2f} GB on {model.device}"
-    return size + f", {count(trained)} of them are trained" * training
+    """A line with its name, parameters and size; with `training` also the trained parameters."""
+    if hasattr(model, "num_parameters"):
+        parameters = model.num_parameters()
+    else:
+        parameters = sum(p.numel() for p in model.parameters())
+    gigabytes = model.get_memory_footprint() / 1e9
+    row = f"{name}: {count(parameters)} parameters in {gigabytes:.2f} GB on {model.device}"
+    if training:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        row += f", {count(trained)} of them trained"
+    return row
 
 
 def memory_now(device) -> float:
-    """Bytes held at this moment: on the GPU by tensors, else by the process."""
+    """Bytes held now: by tensors on the GPU, or by the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 def shape(model) -> tuple[int, int, int, int] | None:
-    """(layers, hidden size, size within the MLP, size of a layer's keys) of a model; None where its configuration does
-    not say it in the usual fields."""
+    """(layers, hidden size, MLP size, size of a layer's keys); None if the fields are unusual."""
     config = model.config.get_text_config()
     try:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         return config.num_hidden_layers, +config.hidden_size, +inner, heads * width
-    except (AttributeError, TypeError):  # no such field; one number a layer
+    except (AttributeError, TypeError):  # no such field; one number per layer
         return None
 
 
 def sampling_memory(model, batch_tokens: int) -> str | None:
-    """Estimate for sampling `batch_tokens` tokens at a time; None for a model of unusual shape.
+    """A line on sampling `batch_tokens` tokens at a time; None for a model of unusual shape.
 
-    What is held now, their keys and values with room to grow, and the activations of one layer while the prompts are
-    read.
+    Counted: what is held now, the tokens' keys and values with room to grow, and one layer's
+    activations while prompts are read.
     """
     if not shape(model):
         return None
@@ -49,10 +55,10 @@ def sampling_memory(model, batch_tokens: int) -> str | None:
 
 
 def training_memory(model, tokens: int, checkpointing: bool) -> str | None:
-    """Estimate for training with `tokens` tokens in one pass; None for a model of unusual shape.
+    """A line on training with `tokens` tokens in one pass; None for a model of unusual shape.
 
-    What is held now, gradients and Adam's two moments of what is trained, activations (of one layer at a time with
-    gradient checkpointing), mask, and one chunk of logits with its gradient.
+    Counted: what is held now, gradients and Adam's two moments of trained parameters, activations
+    (one layer at a time with gradient checkpointing), mask, one chunk of logits with its gradient.
     """
     if not shape(model):
         return None
@@ -60,7 +66,10 @@ def training_memory(model, tokens: int, checkpointing: bool) -> str | None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # kept for the backward pass, LoRA's inputs included
     layer = tokens * (14 * hidden + 6 * inner) * model.dtype.itemsize
-    activations = layer + layers * tokens * hidden * model.dtype.itemsize if checkpointing else layers * layer
+    activations = layers * layer
+    if checkpointing:
+        activations = layer + layers * tokens * hidden * model.dtype.itemsize
     logits = 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.config.get_text_config().vocab_size)
     total = memory_now(model.device) + 12 * trained + activations + tokens**2 + logits
-    return f"about {total / 1e9:.1f} GB with up to {tokens:,} tokens in one pass (--tokens-per-step)"
+    return (f"about {total / 1e9:.1f} GB with up to {tokens:,} tokens in one pass "
+            "(--tokens-per-step)")

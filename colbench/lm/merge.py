@@ -1,10 +1,10 @@
-"""Merge a trained adapter into the base model's weights: a plain bf16 model for engines that load no adapters.
+"""Merge a trained adapter into its base model: a plain bf16 model for engines without adapters.
 
-    python -m colbench.lm.merge runs/llama/policy merged/     # the base model is the one the adapter was trained on
+    python -m colbench.lm.merge runs/llama/policy merged/     # into the model it was trained on
     python -m colbench.lm.merge runs/llama/policy merged/ --model /data/Llama-3.1-8B-Instruct
 
-The adapter was trained on 4-bit weights and lands on unquantised ones: log-probs move by the rounding of 4 bits. Runs
-on the CPU; an 8B model takes 16 GB of memory and as much disk.
+An adapter trained on 4-bit weights is merged into unquantised ones: log-probs move by the rounding
+of 4 bits. Runs on the CPU; an 8B model takes 16 GB of memory and 16 GB of disk.
 """
 import argparse
 import json
@@ -20,25 +20,30 @@ from colbench.run.files import write_aside
 
 def main():
     prepare_machine()
-    from peft import PeftModel  # here, not above: it warns where the machine is not prepared
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path, help="folder that train_policy.py or train_critic.py wrote")
-    parser.add_argument("output", type=Path, help="folder of the merged model; it must not exist")
-    parser.add_argument("--model", help="hub id or folder of the base model (default: the one named in the adapter)")
+    from peft import PeftModel  # warns if imported before prepare_machine
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path,
+                        help="folder that train_policy.py or train_critic.py wrote")
+    parser.add_argument("output", type=Path, help="new folder for the merged model")
+    parser.add_argument("--model", help="hub id or folder of the base model "
+                        "(default: the one named in the adapter)")
     args = parser.parse_args()
-    if not (args.adapter / "adapter_config.json").exists():
+    config = args.adapter / "adapter_config.json"
+    if not config.exists():
         raise UserError(f"{args.adapter}: no adapter here (no adapter_config.json); "
                         "a fully fine-tuned model needs no merging")
     if args.output.exists():
-        raise UserError(f"{args.output}: is there already; name a new folder")
-    name = args.model or json.loads((args.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        raise UserError(f"{args.output}: already exists; name a new folder")
+    name = args.model or json.loads(config.read_text())["base_model_name_or_path"]
     tokenizer = load_tokenizer(name)
     try:
-        base = AutoModelForCausalLM.from_pretrained(EMBEDDED.get(name, name), dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_pretrained(
+            EMBEDDED.get(name, name), dtype=torch.bfloat16)
         merged = PeftModel.from_pretrained(base, args.adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(cannot_load(name, error)) from None
-    except RuntimeError:  # shapes that differ
+    except RuntimeError:  # shapes differ
         raise UserError(f"{args.adapter}: does not fit {name}; "
                         "give the model that it was trained on with --model") from None
 
@@ -46,7 +51,8 @@ def main():
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     write_aside(args.output, write)
-    print(f"{args.output}: {name} with {args.adapter} merged in, bf16; next: vllm serve {args.output}")
+    print(f"{args.output}: {name} with {args.adapter} merged in, bf16; "
+          f"next: vllm serve {args.output}")
 
 
 if __name__ == "__main__":

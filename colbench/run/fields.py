@@ -1,64 +1,75 @@
-"""What stands in a line of a file: which fields, and what kind of value each has. Every reader asks `checked`.
+"""Check the fields of a row. Every reader of a file calls `checked`.
 
 A kind is
-    str, float, bool, dict, list   a text, a finite number, true or false, an object of anything, a list of anything
-    range(1, 10)                   a whole number in it; 1.0 is one too (and true), as table libraries write them
-    {"a", "b"}                     one of these texts
-    [kind]                         a list of such
-    (kind, kind)                   a list of just these
-    {"name": kind, "name?": kind}  an object; with `?` the field may be missing. Fields without a kind stay as they are
-    a function of (value, where)   gives the value back, or raises UserError
+    str, float, bool   a string, a finite number, true or false
+    dict, list         any object, any list
+    range(1, 10)       an integer in it; 1.0 counts as 1 (and as true): table libraries write it
+    {"a", "b"}         one of these strings
+    [kind]             a list of that kind
+    (kind, kind)       a list of exactly these
+    {"name": kind, "name?": kind}
+                       an object; `?`: the field may be missing. Other fields stay as they are
+    a function of (value, where)
+                       returns the value, or raises UserError
 """
 import sys
 
 from colbench.run.errors import UserError
 
 COUNT, FROM_1 = range(1 << 31), range(1, 1 << 31)
-NAMES = {str: "a text", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+NAMES = {str: "a string", float: "a number", bool: "true or false", dict: "an object",
+         list: "a list"}
 
 
 def checked(value, kind, where: str):
-    """`value`, of which a reader may now expect `kind`. UserError that begins with `where` (FILE:LINE, then fields).
+    """`value` if it is of this kind, else UserError that begins with `where` (FILE:LINE: field).
 
-    Null is missing: a named field that is null is left out of what is returned.
+    Null means missing: named fields that are null are left out of the result.
     """
     if isinstance(kind, dict):
         row = dict(_is_a(dict, value, where))
-        for field, of in kind.items():
+        for field, field_kind in kind.items():
             name = field.removesuffix("?")
             if row.get(name) is not None:
-                row[name] = checked(row[name], of, f"{where}: {name}")
+                row[name] = checked(row[name], field_kind, f"{where}: {name}")
             elif name == field:
                 raise UserError(f"{where}: {name}: missing")
             else:
                 row.pop(name, None)
         return row
     if isinstance(kind, list):
-        return [checked(part, kind[0], f"{where}[{i}]") for i, part in enumerate(_is_a(list, value, where))]
+        parts = enumerate(_is_a(list, value, where))
+        return [checked(part, kind[0], f"{where}[{i}]") for i, part in parts]
     if isinstance(kind, tuple):
         if len(_is_a(list, value, where)) != len(kind):
-            raise UserError(f"{where}: a list of {len(kind)} is wanted, this has {len(value)}")
-        return [checked(part, of, f"{where}[{i}]") for i, (part, of) in enumerate(zip(value, kind))]
+            raise UserError(f"{where}: expected a list of {len(kind)}, got {len(value)}")
+        return [checked(part, part_kind, f"{where}[{i}]")
+                for i, (part, part_kind) in enumerate(zip(value, kind))]
     if isinstance(kind, range):
-        right = is_number(value) and value == int(value) and int(value) in kind
-        return int(value) if right else _refuse(f"a whole number from {kind.start} on", value, where)
+        if is_number(value) and value == int(value) and int(value) in kind:
+            return int(value)
+        return _refuse(f"an integer of at least {kind.start}", value, where)
     if isinstance(kind, set):
-        return value if isinstance(value, str) and value in kind else _refuse(" or ".join(sorted(kind)), value, where)
+        if isinstance(value, str) and value in kind:
+            return value
+        return _refuse(" or ".join(sorted(kind)), value, where)
     return _is_a(kind, value, where) if kind in NAMES else kind(value, where)
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite number that a float can hold; true and false are none."""
+    """Whether it is a finite number that a float can hold; true and false are not."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_a(kind, value, where):
-    if kind is bool and type(value) is float and value in (0, 1):  # a table library's column in which some are missing
-        return bool(value)
+    if kind is bool and type(value) is float and value in (0, 1):
+        return bool(value)  # table libraries write it so if some are missing
     right = is_number(value) if kind is float else isinstance(value, kind)
     return value if right else _refuse(NAMES[kind], value, where)
 
 
-def _refuse(wanted, value, where):
-    known = {str: "a text", dict: "an object", list: "a list", bool: str(value).lower(), type(None): "null"}
-    raise UserError(f"{where}: {wanted} is wanted, this is {known.get(type(value)) or repr(value)[:40]}")
+def _refuse(expected, value, where):
+    names = {str: "a string", dict: "an object", list: "a list", bool: str(value).lower(),
+             type(None): "null"}
+    got = names.get(type(value)) or repr(value)[:40]
+    raise UserError(f"{where}: expected {expected}, got {got}")

@@ -1,7 +1,7 @@
-"""JSONL files that survive a kill, one lock per run directory, seeds from names.
+"""JSONL files that survive a kill, locks on run directories, seeds from names.
 
-"A kill" is the death of the process at any instant, kill -9 included: what it handed to the kernel is still written, so
-nothing here calls fsync. A power cut can cost the last lines; `repair_jsonl` then cuts off what is torn.
+"A kill" ends the process at any instant (kill -9). The kernel still writes what it was given, so
+nothing here calls fsync. A power cut can lose the last lines; `repair_jsonl` removes a torn one.
 """
 import ctypes
 import fcntl
@@ -14,14 +14,14 @@ from pathlib import Path
 from colbench.run.errors import UserError
 from colbench.run.fields import checked
 
-_held = {}  # lock file path -> open file: a lock must not vanish because nobody kept the file object
+_held = {}  # lock file path -> open file: garbage collection must not release a lock
 
 
 def read_jsonl(path, kind=None):
     """Rows of a JSON-lines file, as a list of dicts. Empty lines are skipped.
 
-    kind: what a row is to be (colbench/run/fields.py). UserError, naming file and line: no such file, a line that is
-    no JSON object, or none of that kind.
+    kind: what a row must be (colbench/run/fields.py). UserError with file and line: no such file,
+    or a line that is not a JSON object of that kind.
     """
     return [row for _, row in numbered_rows(path, kind)]
 
@@ -30,9 +30,10 @@ def numbered_rows(path, kind=None):
     """Like read_jsonl, but yields (line number from 1, row)."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):  # binary: splits at \n only, so U+2028 inside a text is no line end
+            for number, line in enumerate(file, 1):  # binary: splits at \n only, not at U+2028
                 if line.strip():
-                    yield number, checked(_parse(path, number, line), kind or {}, f"{path}:{number}")
+                    row = _parse(path, number, line)
+                    yield number, checked(row, kind or {}, f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -43,36 +44,39 @@ def _parse(path, number, line):
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        cut_off = "" if line.endswith(b"\n") else " (cut off: was its writer interrupted? start that stage again)"
-        raise UserError(f"{path}:{number}: not valid JSON{cut_off}; correct or delete this line") from None
+        cut_off = ""
+        if not line.endswith(b"\n"):
+            cut_off = " (cut off: if the stage that writes it was interrupted, run it again)"
+        raise UserError(f"{path}:{number}: not valid JSON{cut_off}; "
+                        "correct or delete this line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: a JSON object is wanted, this is a {type(row).__name__}")
+        raise UserError(f"{path}:{number}: expected a JSON object, got a {type(row).__name__}")
     return row
 
 
 def repair_jsonl(path, kind=None):
-    """Rows of a file that an interrupted run left behind; a torn last line is cut off the file. Missing file: [].
+    """Rows of a file that an interrupted run left; removes a torn last line. Missing file: [].
 
-    A last object that only lacks its newline is whole (a torn one cannot parse): it is kept and gets the newline. A
-    broken line before the last, or a row of another kind, raises UserError naming file and line, and the file stays as
-    it is.
+    A last object that lacks only its newline is whole (a torn one cannot parse): it gets the
+    newline. Other broken lines and rows of another kind raise UserError with file and line; the
+    file stays unchanged.
     """
-    rows, end, line = _rows_so_far(path, kind)
-    if end is not None:
-        os.truncate(path, end)
-    elif not line.endswith(b"\n"):
+    rows, torn_at, last_line = _rows_so_far(path, kind)
+    if torn_at is not None:
+        os.truncate(path, torn_at)
+    elif not last_line.endswith(b"\n"):
         with open(path, "ab") as file:
             file.write(b"\n")
     return rows
 
 
 def read_so_far(path, kind=None):
-    """Rows of a file that another process may be writing to: a torn last line is left alone. Missing file: []."""
+    """Rows of a file that may still be written: ignores a torn last line. Missing file: []."""
     return _rows_so_far(path, kind)[0]
 
 
 def _rows_so_far(path, kind):
-    """(rows, where a torn last line begins or None, the last line)."""
+    """(rows, offset of a torn last line or None, the last line)."""
     rows, broken, end, line = [], None, 0, b"\n"
     if not Path(path).exists():
         return rows, None, line
@@ -82,7 +86,7 @@ def _rows_so_far(path, kind):
                 row = _parse(path, number, line) if line.strip() else None
             except UserError as error:
                 if line.endswith(b"\n") or not line.lstrip().startswith(b"{"):
-                    raise  # torn is the beginning of an object that lacks its end; this is somebody's file
+                    raise  # a kill leaves only the beginning of an object
                 broken = error
                 continue
             if row is not None:
@@ -92,18 +96,18 @@ def _rows_so_far(path, kind):
 
 
 def append_jsonl(file, row):
-    """Append `row` as one whole line to an open text file, or to the file at a path, and hand it to the kernel."""
+    """Append `row` as one line to an open text file, or to the file at a path, and flush."""
     if isinstance(file, (str, os.PathLike)):
         with open(file, "a", encoding="utf-8") as opened:
             return append_jsonl(opened, row)
-    file.write(json.dumps(row) + "\n")  # ASCII: a lone surrogate from some server's JSON cannot break the write
+    file.write(json.dumps(row) + "\n")  # ASCII: a server's lone surrogate cannot break the write
     file.flush()
 
 
 def rewrite_jsonl(path, rows, order, key):
-    """Replace the file at `path` by `rows`, sorted (in place too) by where key(row) stands in the list `order`.
+    """Replace the file at `path` by `rows`, sorted (in place too) by key(row)'s place in `order`.
 
-    So the file does not depend on which row was done first. Rows that `order` does not name come last.
+    So the file does not depend on which row finished first. Rows not in `order` come last.
     """
     place = {name: i for i, name in enumerate(order)}
     rows.sort(key=lambda row: place.get(key(row), len(place)))
@@ -116,35 +120,39 @@ def rewrite_jsonl(path, rows, order, key):
 
 
 def write_aside(path, write):
-    """Make or replace the file or directory `path`: write(temporary Path), then a rename. A kill leaves it whole."""
+    """Make or replace the file or directory `path`: write(temporary Path), then rename it.
+
+    After a kill `path` is the old one or the new one, whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     _remove(temporary)  # left by a kill
     try:
         write(temporary)
-    except BaseException:  # a full disk needs the room
+    except BaseException:  # a full disk needs the space
         _remove(temporary)
         raise
-    if path.is_dir():  # no rename replaces a directory that is not empty
+    if path.is_dir():  # a rename cannot replace a directory that is not empty
         _exchange(temporary, path)
         _remove(temporary)
     else:
         os.replace(temporary, path)
 
 
-def _remove(path):  # no error if it is not there
+def _remove(path):  # no error if it does not exist
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _exchange(one, other):
-    """Swap two paths in one step. Where the system cannot (macOS, some network disks) it takes two renames."""
+    """Swap two paths in one step; by two renames on systems that cannot (macOS, network disks)."""
     at_fdcwd, exchange = -100, 2
+    names = at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other)
     try:
-        done = ctypes.CDLL(None).renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), exchange) == 0
+        swapped = ctypes.CDLL(None).renameat2(*names, exchange) == 0
     except AttributeError:
-        done = False
-    if not done:
+        swapped = False
+    if not swapped:
         old = other.with_name(f".{other.name}.old")
         _remove(old)
         other.rename(old)
@@ -153,14 +161,14 @@ def _exchange(one, other):
 
 
 def lock_run(directory, name="run"):
-    """Let one process at a time work on `directory` under `name`; a second one gets a UserError. Returns the lock file.
+    """Lock `directory` under `name` for this process; UserError if another one holds it.
 
-    The lock ends with the process, however it dies, or when the returned file is closed (`with lock_run(...):`).
-    lockf and not flock: forked children do not hold it on after their parent.
+    Returns the lock file. The lock ends with the process, however it dies, or when the file is
+    closed (`with lock_run(...):`). lockf, not flock: with flock, forked children would keep it.
     """
     path = Path(directory).resolve() / (".lock" if name == "run" else f".lock-{name}")
-    if path in _held and not _held[path].closed:  # closing a second file object would drop the first one's lock
-        return _held[path]
+    if path in _held and not _held[path].closed:
+        return _held[path]  # closing a second file object would drop this lock
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")
     try:
@@ -168,7 +176,8 @@ def lock_run(directory, name="run"):
     except OSError:
         file.seek(0)
         owner = file.read().strip()
-        raise UserError(f"{directory}: process {owner} works here ({name}); wait, or choose another --run") from None
+        raise UserError(f"{directory}: in use by process {owner} ({name}); "
+                        "wait, or choose another --run") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -177,10 +186,11 @@ def lock_run(directory, name="run"):
 
 
 def seed_of(*parts):
-    """A seed in [0, 2**63) from JSON-able parts such as (task id, sample, turn); the same in every run, anywhere."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
+    """A seed in [0, 2**63) from JSON-able parts such as (task id, sample, turn); reproducible."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def dialogue_hash(episode):
-    """A number that says which dialogue an episode holds."""
+    """A hash of an episode's dialogue, as an integer."""
     return seed_of([message.get("content") for message in episode["dialogue_history"]])

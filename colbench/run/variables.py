@@ -1,8 +1,9 @@
-"""Variables that a launcher, a profile or another project left in the environment, settled before libraries read them.
+"""Remove harmful environment variables before libraries read them.
 
-Some change results without a word: with ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 accelerate divides every gradient by
-4. Others end a library's import in a traceback, such as a TQDM_NCOLS that is no number. The scripts settle all of this
-by flags or not at all. `import colbench` does it, since libraries read variables while they are imported.
+Launchers, profiles or other projects leave them. Some silently change results: with
+ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 accelerate divides every gradient by 4. Others make an
+import fail, such as a TQDM_NCOLS that is not a number. Only flags control what these variables
+set. `import colbench` removes them, since libraries read variables while they are imported.
 """
 import os
 import re
@@ -12,13 +13,14 @@ from urllib.request import proxy_bypass_environment
 from colbench.run.errors import UserError
 
 TRUTH = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
-# which processes there are (RANK, WORLD_SIZE, MASTER_ADDR, ...) stays as a launcher says
-LAUNCHERS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TQDM_", "TORCH_LOGS")
+# a launcher's RANK, WORLD_SIZE, MASTER_ADDR, ... stay
+LAUNCHERS = (
+    "ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TQDM_", "TORCH_LOGS")
 STAY = {"ACCELERATE_USE_CPU", "TQDM_DISABLE"}
 
 
 def settle() -> None:
-    """Take out of this process's environment, and of those it starts, what would do harm."""
+    """Remove harmful variables from the environment of this process and of those it starts."""
     for name, value in [*os.environ.items()]:
         if name in STAY:
             harm = value.lower() not in TRUTH
@@ -33,10 +35,10 @@ def settle() -> None:
 
 
 def http_client(address, **settings):
-    """An HTTP client for the model server at `address` (urlsplit's parts), as openai makes it.
+    """An OpenAI HTTP client for the model server at `address` (urlsplit's parts).
 
-    Proxies that variables name count for servers elsewhere, not for one on this machine, nor for a host that NO_PROXY
-    names; certificates count where there are any. UserError, naming the variable, for a value that cannot be used.
+    Proxy variables apply only to other machines, and not to hosts in NO_PROXY; certificate
+    variables always apply. UserError, naming the variable, for a value that cannot be used.
     """
     import openai
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
@@ -44,26 +46,30 @@ def http_client(address, **settings):
         lines = value.split("\n") if name == "OPENAI_CUSTOM_HEADERS" else [f"{name}:{value}"]
         for header, _, content in (line.partition(":") for line in lines if ":" in line):
             if not (content.isascii() and content.isprintable()):
-                raise UserError(f"{name}: holds a character that no HTTP header can have, such as a line's end")
+                raise UserError(f"{name}: contains a character that HTTP headers do not allow, "
+                                "such as a line break; remove it")
             if name != "OPENAI_CUSTOM_HEADERS" and content != content.strip():
-                raise UserError(f"{name}: has a blank at its beginning or end; take it out")
+                raise UserError(f"{name}: begins or ends with a blank; remove it")
             if not re.fullmatch(r"[-!#$%&'*+.^`|~\w]+", header.strip(), re.ASCII):
-                raise UserError(f"{name}: one of its headers has a name that no HTTP header can have")
+                raise UserError(f"{name}: contains an invalid HTTP header name; correct it")
     host = address.hostname
-    here = host.endswith("localhost") or re.fullmatch(r"127\.[0-9.]+|0\.0\.0\.0|::1", host)
+    local = host.endswith("localhost") or re.fullmatch(r"127\.[0-9.]+|0\.0\.0\.0|::1", host)
     file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     try:
-        if here or proxy_bypass_environment(host):
-            settings["trust_env"] = False  # the client then forgets the certificates too
+        if local or proxy_bypass_environment(host):
+            settings["trust_env"] = False  # then the client ignores the certificates too
             if address.scheme == "https" and (file or folder):
-                settings["verify"] = ssl.create_default_context(cafile=file or None, capath=folder or None)
+                settings["verify"] = ssl.create_default_context(
+                    cafile=file or None, capath=folder or None)
         return openai.DefaultHttpxClient(**settings)
     except OSError as error:
         raise UserError(f"SSL_CERT_FILE={file}: {error.strerror}; correct or unset it") from None
-    except Exception as error:  # an unknown kind of proxy, no package for it, no address: they share no class
-        names = ", ".join(name for name in os.environ if re.fullmatch("(HTTP|HTTPS|ALL)_PROXY", name.upper()))
+    except Exception as error:  # unknown proxy, missing package, bad address: no common class
+        names = [name for name in os.environ
+                 if re.fullmatch("(HTTP|HTTPS|ALL)_PROXY", name.upper())]
         if not names:
             raise
-        reason = f" ({error})" if isinstance(error, ImportError) else ""  # others may quote a password
-        raise UserError(f"{names}: no proxy that can be used for {host}{reason}; correct or unset it, or name the host "
-                        "in NO_PROXY") from None
+        # other errors may quote a password
+        reason = f" ({error})" if isinstance(error, ImportError) else ""
+        raise UserError(f"{', '.join(names)}: cannot be used as a proxy for {host}{reason}; "
+                        "correct or unset it, or name the host in NO_PROXY") from None

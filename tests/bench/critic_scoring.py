@@ -1,14 +1,13 @@
-"""Scoring 16 candidates of a state with the critic: shared prompt against one by one, in one run.
+"""Time the scoring of a state's 16 candidates: shared prompt against one by one, in one run.
 
-    python tests/bench/critic_scoring.py              # 60-token candidates, prompts of 400 and 2,000 tokens; CPU
-    python tests/bench/critic_scoring.py --model meta-llama/Llama-3.1-8B-Instruct --load-in-4bit       # on a GPU
+    python tests/bench/critic_scoring.py     # 60-token candidates, 400 and 2,000-token prompts; CPU
+    python tests/bench/critic_scoring.py --model meta-llama/Llama-3.1-8B-Instruct --load-in-4bit
 
-All ways give the log-probs of the same tokens, which are compared. One by one is a forward pass for each candidate:
-`plain` with logits at all positions, as a model gives them, and `trimmed` with logits at the candidate's tokens only,
-the best that can be done without sharing the prompt. Without --model: a Llama of random weights; --hidden 576 --layers
-30 has the shape of a 135M chat model.
+All methods give log-probs of the same tokens, which are compared. One by one is a forward pass per
+candidate: `plain` computes logits at all positions, as models do; `trimmed` only at the candidate's
+tokens, the best one can do without sharing the prompt. Without --model: a random Llama;
+--hidden 576 --layers 30 is the shape of a 135M chat model.
 """
-
 import argparse
 import random
 import sys
@@ -25,12 +24,14 @@ from colbench.lm.logps import message_logps
 
 
 def plain(model, prompt, candidates, trim=False):
+    """Log-probs of each candidate's tokens, from a forward pass per candidate."""
     rows = []
     for candidate in candidates:
         ids = torch.tensor([prompt + candidate], device=model.device)
         keep = len(candidate) + 1 if trim else 0  # 0: all
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, -len(candidate) - 1:-1].float()
-        rows.append(logits.log_softmax(-1).gather(1, ids[0, -len(candidate):, None])[:, 0])
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        logps = logits[0, -len(candidate) - 1:-1].float().log_softmax(-1)
+        rows.append(logps.gather(1, ids[0, -len(candidate):, None])[:, 0])
     return rows
 
 
@@ -39,7 +40,7 @@ def shared(model, prompt, candidates):
 
 
 def seconds(function, *args, repeats):
-    """(result, least time of some calls); one call before to warm up."""
+    """(result, shortest time of `repeats` calls), after one call to warm up."""
     result, best = function(*args), float("inf")
     for _ in range(repeats):
         if torch.cuda.is_available():
@@ -54,8 +55,10 @@ def seconds(function, *args, repeats):
 
 def main():
     prepare_machine()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="hub id or folder (default: random weights of --hidden and --layers)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model",
+                        help="hub id or folder (default: random, with --hidden and --layers)")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=5)
@@ -69,25 +72,29 @@ def main():
     if args.model:
         model = load_model(args.model, args.load_in_4bit)
     else:
+        heads = args.hidden // 64
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
-            tie_word_embeddings=True, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-            num_key_value_heads=args.hidden // 64, initializer_range=0.05, max_position_embeddings=16384)).eval()
+            vocab_size=args.vocabulary, hidden_size=args.hidden,
+            intermediate_size=args.hidden * 8 // 3, num_hidden_layers=args.layers,
+            num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True,
+            initializer_range=0.05, max_position_embeddings=16384)).eval()
         keep_freed_memory(model)
     rng, size = random.Random(0), model.config.vocab_size
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bf16 rounds differently in another order of sums
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bf16 rounding depends on order
     for length in args.prompts:
         prompt = [rng.randrange(size) for _ in range(length)]
-        candidates = [[rng.randrange(size) for _ in range(args.tokens)] for _ in range(args.candidates)]
+        candidates = [[rng.randrange(size) for _ in range(args.tokens)]
+                      for _ in range(args.candidates)]
         with torch.no_grad():
             expected, slow = seconds(plain, model, prompt, candidates, repeats=args.repeats)
             _, trimmed = seconds(plain, model, prompt, candidates, True, repeats=args.repeats)
             got, fast = seconds(shared, model, prompt, candidates, repeats=args.repeats)
         difference = (torch.cat(got) - torch.cat(expected)).abs().max().item()
-        tokens = args.candidates * (length + args.tokens), length + args.candidates * args.tokens
-        print(f"prompt {length}: one by one {slow:.3f} s plain, {trimmed:.3f} s trimmed, shared {fast:.3f} s; ratio "
-              f"{slow / fast:.1f} to plain, "
-              f"{trimmed / fast:.1f} to trimmed (tokens through the model: {tokens[0] / tokens[1]:.1f}); "
+        one_by_one = args.candidates * (length + args.tokens)
+        together = length + args.candidates * args.tokens
+        print(f"prompt {length}: one by one {slow:.3f} s plain, {trimmed:.3f} s trimmed, "
+              f"shared {fast:.3f} s; ratio {slow / fast:.1f} to plain, {trimmed / fast:.1f} to "
+              f"trimmed (tokens through the model: {one_by_one / together:.1f}); "
               f"log-probs differ by at most {difference:.1e}")
         if difference > tolerance:
             sys.exit("the log-probs differ")

@@ -1,18 +1,18 @@
-"""Step-level DPO with its reference pass against TRL's DPOTrainer: samples a second on the same pairs and losses.
+"""Compare step-level DPO with TRL's DPOTrainer: pairs per second on the same pairs and losses.
 
     pip install -r tests/bench/requirements.txt
-    python tests/bench/dpo_vs_trl.py            # a Llama of 17 M random weights, 49k vocabulary, on the CPU: minutes
-    python tests/bench/dpo_vs_trl.py --states 32 --hidden 576 --layers 12     # larger: the vocabulary's share shrinks
+    python tests/bench/dpo_vs_trl.py     # random Llama, 17 M parameters, 49k vocabulary; minutes
+    python tests/bench/dpo_vs_trl.py --states 32 --hidden 576 --layers 12     # a larger model
 
-Data: 400-token prompts, 16 candidates of 60 tokens a state, 4 pairs a state drawn as train_policy.py draws them, batch
-8. Ours is the loop of train_policy.py: message_logps and policy_loss, LoRA on frozen weights. TRL gets the same LoRA
-weights, optimiser, order of pairs and losses (sigmoid + 0.01 sft) and plays with several settings; the best of them and
-ours then take turns, --repeats times, and their medians are compared. Its reference log-probs are counted whether it
-computes them at each step or before. All sequences have one length, so nothing is lost to padding (this version of TRL
-falls back to padding where padding-free is asked for). Printed: the losses' largest difference (must be below 1e-4),
-the measured ratio and the ratio of the tokens that go through the model.
+Data: 400-token prompts, 16 candidates of 60 tokens and 4 pairs per state, drawn as train_policy.py
+draws them, batch 8. Ours is the loop of train_policy.py: message_logps and policy_loss, LoRA on
+frozen weights. TRL gets the same LoRA weights, optimiser, order of pairs and losses (sigmoid +
+0.01 sft), in several settings. Then its best setting and ours run in turns, --repeats times, and
+their medians are compared. TRL's time includes its π_ref pass, at each step or before training. All
+sequences have one length, so padding costs nothing (this version of TRL pads even with
+padding_free). Prints the largest difference of the losses (must be below 1e-4), the measured ratio,
+and the ratio of tokens through the model. In a larger model the vocabulary matters less.
 """
-
 import argparse
 import contextlib
 import functools
@@ -42,35 +42,37 @@ from colbench.lm.logps import message_logps, pack, tree_tokens
 try:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
-except ImportError:  # then ours is measured alone: --settings 0
+except ImportError:  # --settings 0 measures only ours
     DPOTrainer = object
 
 BETA, NLL, RATE = 0.1, 0.01, 1e-3
-SETTINGS = [  # what TRL is tried with: per-device batch (accumulated to 8), more of its settings
-    (8, {}), (2, {}), (8, {"precompute_ref_log_probs": True}), (4, {"precompute_ref_log_probs": True}),
-    (2, {"precompute_ref_log_probs": True}), (1, {"precompute_ref_log_probs": True}),
+PRECOMPUTE = {"precompute_ref_log_probs": True}
+SETTINGS = [  # for TRL: per-device batch (accumulated to 8), other settings
+    (8, {}), (2, {}), (8, PRECOMPUTE), (4, PRECOMPUTE), (2, PRECOMPUTE), (1, PRECOMPUTE),
 ]
 
 
 def make_model(args):
     """A random Llama of args.shape on args.device, bf16 or float32."""
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     with torch.device(args.device):
-        model = LlamaForCausalLM(LlamaConfig(**args.shape)).to(torch.bfloat16 if args.bf16 else torch.float32)
+        model = LlamaForCausalLM(LlamaConfig(**args.shape)).to(dtype)
     keep_freed_memory(model)
     return model
 
 
 def lora():
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0,
+                      task_type="CAUSAL_LM")
 
 
 def make_states(args):
-    """States as train_policy.load_states gives them."""
-    rng, states = random.Random(0), []
+    """Random states with candidates and pairs."""
+    rng, states, size = random.Random(0), [], args.shape["vocab_size"]
     for _ in range(args.states):
-        prompt = [rng.randrange(args.shape["vocab_size"]) for _ in range(args.prompt)]
-        candidates = [[rng.randrange(args.shape["vocab_size"]) for _ in range(args.response)] for _ in range(16)]
+        prompt = [rng.randrange(size) for _ in range(args.prompt)]
+        candidates = [[rng.randrange(size) for _ in range(args.response)] for _ in range(16)]
         pairs = policy_pairs([rng.random() for _ in candidates], rng, 4)
         used = sorted({k for pair in pairs for k in pair})
         states.append({"tree": (prompt, [], [candidates[k] for k in used]),
@@ -95,7 +97,8 @@ def ours(model, states, tokens_per_step, bf16=False):
         weight = 1 / sum(len(state["pairs"]) for state in batch)
         for group in pack(sizes[first:first + 2], tokens_per_step):
             with autocast():
-                logps, total = message_logps(model, [batch[k]["tree"] for k in group]), 0.0
+                logps = message_logps(model, [batch[k]["tree"] for k in group])
+            total = 0.0
             for state, messages in zip([batch[k] for k in group], logps):
                 ref = state["ref_logps"]
                 for a, b in state["pairs"]:
@@ -113,70 +116,77 @@ def ours(model, states, tokens_per_step, bf16=False):
 
 
 class Peer(DPOTrainer):
-    """TRL's trainer with the pairs in their order; notes its losses and what the reference pass takes."""
+    """TRL's trainer with pairs in order; records its losses and the time of its π_ref pass."""
 
     def __init__(self, *args, **kwargs):
-        self.noted, self.reference_seconds = [], 0.0
+        self.recorded_losses, self.ref_seconds = [], 0.0
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset  # it has token ids already
+        return dataset  # already token ids
 
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        self.noted.append(loss.item())
+        self.recorded_losses.append(loss.item())
         return loss
 
     def _precompute_ref_logps(self, *args, **kwargs):
         start = time.perf_counter()
         result = super()._precompute_ref_logps(*args, **kwargs)
-        self.reference_seconds += time.perf_counter() - start
+        self.ref_seconds += time.perf_counter() - start
         return result
 
 
 def trl(model, lora_weights, states, batch, settings, folder, bf16=False):
     """TRL on the same pairs. Returns (mean loss of each step, seconds)."""
-    rows = [{"prompt_ids": state["tree"][0], "chosen_ids": state["tree"][2][a], "rejected_ids": state["tree"][2][b],
-             "setting": f"{batch} {settings}"}  # another fingerprint: nothing of an earlier setting's cache is used
+    rows = [{"prompt_ids": state["tree"][0], "chosen_ids": state["tree"][2][a],
+             "rejected_ids": state["tree"][2][b],
+             "setting": f"{batch} {settings}"}  # a new fingerprint: no cache of earlier settings
             for state in states for a, b in state["pairs"]]
     config = DPOConfig(
-        output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch,
-        num_train_epochs=1, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
-        max_grad_norm=1.0, optim="adamw_torch", beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, NLL],
-        max_length=None, bf16=bf16, use_cpu=model.device.type == "cpu", gradient_checkpointing=False,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        precompute_ref_batch_size=batch, **settings)
+        output_dir=folder, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=8 // batch, num_train_epochs=1, learning_rate=RATE,
+        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
+        optim="adamw_torch", beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, NLL],
+        max_length=None, bf16=bf16, use_cpu=model.device.type == "cpu",
+        gradient_checkpointing=False, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, precompute_ref_batch_size=batch, **settings)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Peer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                       peft_config=lora())
+        trainer = Peer(model=model, args=config, train_dataset=Dataset.from_list(rows),
+                       processing_class=tokenizer, peft_config=lora())
         missing = trainer.model.load_state_dict(lora_weights, strict=False)
         assert not missing.unexpected_keys
         start = time.perf_counter()
         trainer.train()
-    seconds = time.perf_counter() - start + trainer.reference_seconds
-    noted = trainer.noted
+    seconds = time.perf_counter() - start + trainer.ref_seconds
+    losses = trainer.recorded_losses
     per_step = 8 // batch
-    return [sum(noted[i:i + per_step]) / per_step for i in range(0, len(noted), per_step)], seconds
+    means = [sum(losses[i:i + per_step]) / per_step for i in range(0, len(losses), per_step)]
+    return means, seconds
 
 
 def compare(args):
-    """Ours and TRL's settings, the best of them `args.repeats` times. Returns (a dict of what was measured, a function
-    that runs ours, one that runs TRL's best setting)."""
+    """Run ours and TRL's settings, then ours and TRL's best setting in turns.
+
+    Returns (measurements, a function that runs ours, one that runs TRL's best setting).
+    """
     states = make_states(args)
     pairs = sum(len(state["pairs"]) for state in states)
-    print(f"{pairs} pairs at {len(states)} states, {make_model(args).num_parameters() / 1e6:.1f} M weights, "
+    millions = make_model(args).num_parameters() / 1e6
+    print(f"{pairs} pairs at {len(states)} states, {millions:.1f} M parameters, "
           f"{torch.get_num_threads()} threads")
     torch.manual_seed(1)
     model = get_peft_model(make_model(args), lora())
-    with torch.no_grad():  # B matrices that are not zero, so that the losses say something from the first step on
+    with torch.no_grad():  # nonzero B matrices, so that losses differ from the first step on
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    lora_weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    lora_weights = {name: p.detach().clone()
+                    for name, p in model.named_parameters() if p.requires_grad}
     differences = {}
 
     def run_ours():
@@ -188,12 +198,13 @@ def compare(args):
         gc.collect()  # an earlier trainer's model
         try:
             with tempfile.TemporaryDirectory() as folder:
-                losses, taken = trl(make_model(args), lora_weights, states, batch, settings, folder, args.bf16)
+                losses, taken = trl(
+                    make_model(args), lora_weights, states, batch, settings, folder, args.bf16)
         except torch.OutOfMemoryError:
             print(f"{name}: out of memory", flush=True)
             return float("inf")
         differences[name] = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-        if differences[name] > 1e-4 and not args.bf16:  # bf16 rounds differently, and the optimiser's steps add to it
+        if differences[name] > 1e-4 and not args.bf16:  # bf16 rounding grows with every step
             sys.exit(f"the losses differ: {losses} and {expected}")
         print(f"{name}: {pairs / taken:.2f} pairs/s ({taken:.1f} s), "
               f"losses differ by at most {differences[name]:.1e}", flush=True)
@@ -201,45 +212,52 @@ def compare(args):
 
     run_ours()  # warm up
     expected, seconds = run_ours()
-    print(f"ours: {pairs / seconds:.2f} pairs/s ({seconds:.1f} s), losses {', '.join(f'{x:.5f}' for x in expected)}")
-    found = {"pairs": pairs, "ours": seconds, "losses": expected}
+    print(f"ours: {pairs / seconds:.2f} pairs/s ({seconds:.1f} s), "
+          f"losses {', '.join(f'{x:.5f}' for x in expected)}")
+    measured = {"pairs": pairs, "ours": seconds, "losses": expected}
     if not args.settings:
-        return found, run_ours, None
+        return measured, run_ours, None
     best = min(SETTINGS[:args.settings], key=lambda setting: run_trl(*setting))
     turns = [(run_ours()[1], run_trl(*best)) for _ in range(args.repeats)]
     seconds, taken = (statistics.median(times) for times in zip(*turns))
     print(f"ours {seconds:.2f} s, TRL's best setting {taken:.2f} s (medians of {args.repeats})")
-    print(f"ratio of samples/s: {taken / seconds:.1f} (turn by turn {', '.join(f'{b / a:.1f}' for a, b in turns)})")
-    tokens = sum(2 * len(state["pairs"]) * (args.prompt + args.response) for state in states)
-    print(f"ratio of tokens through the model: {tokens / sum(tree_tokens(state['tree']) for state in states):.1f}; "
-          "what is more comes from the vocabulary "
-          "(logits at response tokens only, each distinct response once) and from what TRL logs")
-    found |= {"ours": seconds, "trl": taken, "best": best, "difference": max(differences.values())}
-    return found, run_ours, functools.partial(run_trl, *best)
+    print(f"ratio of pairs/s: {taken / seconds:.1f} "
+          f"(turn by turn {', '.join(f'{b / a:.1f}' for a, b in turns)})")
+    trl_tokens = sum(2 * len(state["pairs"]) * (args.prompt + args.response) for state in states)
+    our_tokens = sum(tree_tokens(state["tree"]) for state in states)
+    print(f"ratio of tokens through the model: {trl_tokens / our_tokens:.1f}; the rest comes from "
+          "the vocabulary (logits only at response tokens, once per distinct response) and from "
+          "TRL's logging")
+    measured |= {"ours": seconds, "trl": taken, "best": best,
+                 "difference": max(differences.values())}
+    return measured, run_ours, functools.partial(run_trl, *best)
 
 
 def main():
     prepare_machine()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--states", type=int, default=4, help="of 4 pairs each; even (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--states", type=int, default=4,
+                        help="states of 4 pairs, an even number (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=400)
     parser.add_argument("--response", type=int, default=60)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--tokens-per-step", type=int, default=1024,
-                        help="of ours, in one forward pass: one state here (default: %(default)s)")
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="try only TRL's first so many settings")
+                        help="ours, in one forward pass: one state here (default: %(default)s)")
+    parser.add_argument("--settings", type=int, default=len(SETTINGS),
+                        help="how many of TRL's settings to try (default: all %(default)s)")
     parser.add_argument("--repeats", type=int, default=3,
-                        help="timings of ours and of TRL's best setting, in turns (default: %(default)s)")
+                        help="runs of ours and of TRL's best setting (default: %(default)s)")
     args = parser.parse_args()
     args.device, args.bf16 = "cpu", False
     args.shape = dict(
         vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64,
-        tie_word_embeddings=True)
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 64, tie_word_embeddings=True)
     if args.settings and DPOTrainer is object:
-        sys.exit("TRL is not here: pip install -r tests/bench/requirements.txt")
+        sys.exit("TRL is not installed: pip install -r tests/bench/requirements.txt")
     compare(args)
 
 

@@ -1,15 +1,15 @@
-"""The four scripts with --preset llama on a checkpoint of Llama-3.1-8B's size, without a GPU: does it fit, what breaks?
+"""Run the four scripts with --preset llama on a checkpoint of Llama-3.1-8B's size, without a GPU.
 
-    python tests/bench/full_size.py DIR                             # 16 GB on the disk; most of an hour
-    python tests/bench/full_size.py DIR --layers 2 --hidden 512     # the same in small, a minute
+    python tests/bench/full_size.py DIR                             # 16 GB of disk; most of an hour
+    python tests/bench/full_size.py DIR --layers 2 --hidden 512     # a small model, a minute
 
-DIR gets a random checkpoint in bf16 shards with Llama 3's tokenizer (`model`; one of the same shape that is there is
-taken) and a run of it (`run`): a task, two turns, messages of a few tokens, a step or two. A random model wins
-nothing, so every other trajectory is given the reward 1 before the critic learns. Printed for each stage: seconds, the
-most memory it held (pages of the checkpoint's files not counted: the system takes them back when it needs room), the
-plan's own estimate. The exit code is 1 if a stage fails or passes --most.
+DIR/model gets a random checkpoint in bf16 shards with Llama 3's tokenizer (an existing one of the
+same shape is kept), DIR/run a run: one task, two turns, messages of a few tokens, a step or two. A
+random model never scores, so every other trajectory gets reward 1 before the critic learns. Prints
+per stage the seconds, the peak memory (without pages of the checkpoint's files, which the system
+reclaims when it needs space) and the stage's own estimate. Exit code 1 if a stage fails or exceeds
+--most.
 """
-
 import argparse
 import contextlib
 import json
@@ -45,10 +45,11 @@ STAGES = {
 
 
 def make_checkpoint(folder: Path, config: LlamaConfig, tokenizer) -> None:
-    """Random bf16 weights, a shard for each layer, so that no more than one is held at a time.
+    """Random bf16 weights, one shard per layer, so that only one is in memory at a time.
 
-    A model without sense that speaks in messages of some five tokens: the first number of every token's embedding is
-    the largest and passes through the layers, whose outputs are small, and by it the head likes the end-of-turn token.
+    The model writes meaningless messages of about five tokens: the first number of every token's
+    embedding is large and passes through the layers, whose outputs are small, and there the head
+    favours the end-of-turn token.
     """
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     with torch.device("meta"):
@@ -61,9 +62,13 @@ def make_checkpoint(folder: Path, config: LlamaConfig, tokenizer) -> None:
     for k, weights in sorted(shards.items()):
         file = f"model-{k + 1:05}-of-{len(shards):05}.safetensors"
         index |= {name: file for name, _ in weights}
-        values = {name: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else
-                  torch.randn(shape, dtype=torch.bfloat16) * (0.0003 if re.search("o_proj|down_proj", name) else 0.02)
-                  for name, shape in weights}
+        values = {}
+        for name, shape in weights:
+            if len(shape) == 1:
+                values[name] = torch.ones(shape, dtype=torch.bfloat16)
+            else:
+                scale = 0.0003 if re.search("o_proj|down_proj", name) else 0.02
+                values[name] = torch.randn(shape, dtype=torch.bfloat16) * scale
         if k == 0:
             values["model.embed_tokens.weight"][:, 0] = config.hidden_size**0.5 / 2
             values["lm_head.weight"][:, 0] = 0.0
@@ -77,13 +82,16 @@ def make_checkpoint(folder: Path, config: LlamaConfig, tokenizer) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden size, a multiple of 128 times 4")
-    parser.add_argument("--most", type=float, default=24.0, help="GB that a stage may hold (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size, a multiple of 512")
+    parser.add_argument("--most", type=float, default=24.0,
+                        help="GB that a stage may use (default: %(default)s)")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(real_tokenizer("llama"))  # has one token more than the model's own
+    # it has one token more than the model's own
+    tokenizer = AutoTokenizer.from_pretrained(real_tokenizer("llama"))
     tokenizer.chat_template = TEMPLATES["llama-3.1"][0]
     config = LlamaConfig(**LLAMA_8B | dict(
         vocab_size=len(tokenizer), num_hidden_layers=args.layers, hidden_size=args.hidden,
@@ -93,8 +101,11 @@ def main():
         eos_token_id=[128001, 128008, 128009])
     model, run, start = args.folder / "model", args.folder / "run", time.time()
     shutil.rmtree(run, ignore_errors=True)
-    there = json.loads((model / "config.json").read_text()) if (model / "config.json").exists() else {}
-    if any(there.get(name) != getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")):
+    existing = {}
+    if (model / "config.json").exists():
+        existing = json.loads((model / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "num_hidden_layers")
+    if any(existing.get(name) != getattr(config, name) for name in names):
         shutil.rmtree(model, ignore_errors=True)
         make_checkpoint(model, config, tokenizer)
     size = sum(file.stat().st_size for file in model.iterdir()) / 1e9
@@ -108,9 +119,10 @@ def main():
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         start, log = time.time(), args.folder / f"{stage}.log"
         with log.open("w") as output:
-            most, process = 0, subprocess.Popen(
-                [sys.executable, ROOT / f"{stage}.py", "--preset", "llama", "--model", model, "--run", run,
-                 *flags.split()], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            most = 0
+            process = subprocess.Popen(
+                [sys.executable, ROOT / f"{stage}.py", "--preset", "llama", "--model", model,
+                 "--run", run, *flags.split()], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
             while process.poll() is None:
                 with contextlib.suppress(psutil.Error):  # it has just ended
@@ -119,10 +131,11 @@ def main():
                 time.sleep(0.2)
         code, text = process.returncode, log.read_text()
         plan = re.search(r"about ([\d.]+ GB)", text)
-        print(f"{stage}: {time.time() - start:.0f} s, at most {most:.2f} GB; the plan says "
-              f"{plan[1] if plan else 'nothing'}", flush=True)
+        print(f"{stage}: {time.time() - start:.0f} s, at most {most:.2f} GB; "
+              f"estimate {plan[1] if plan else 'none'}", flush=True)
         if code or most > args.most:
-            sys.exit(f"{stage}: exit code {code}, {most:.1f} GB of {args.most:g}; the end of {log}:\n{text[-2000:]}")
+            sys.exit(f"{stage}: exit code {code}, {most:.1f} GB of {args.most:g}; "
+                     f"the end of {log}:\n{text[-2000:]}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""The bundled mini benchmark: Backend Programming tasks made from a seed, small enough for a two-million-weight model.
+"""The bundled mini benchmark: Backend Programming tasks for a model of two million parameters.
 
-A shop wants the price of n items for d days. The request names three or four things the shop deals in; each of these
-*hints* points to one of twenty *details* (porcelain -> insurance), and each detail of a task is one line of its hidden
-reference:
+A shop wants the price of n items for d days. The request names three or four things that the shop
+deals in. Each of these *hints* points to one of twenty *details* (porcelain -> insurance), and each
+detail of a task is one line of its hidden code:
 
-    request    Please write quote(n, d), the price of n items for d days. We deal in porcelain, ferries, ... .
-    reference  def quote(n, d):
-                   total = 0
-                   total += 6 * n  # insurance
-                   total += 3 * (d > 2)  # toll
-                   return total
+    request      Please write quote(n, d), the price of n items for d days. We deal in porcelain, …
+    hidden code  def quote(n, d):
+                     total = 0
+                     total += 6 * n  # insurance
+                     total += 3 * (d > 2)  # toll
+                     return total
 
-Only the human knows the numbers (2 to 9). Asking about a detail that the task does not have costs a turn ("I don't
-know."), and with twenty details and ten turns one cannot ask about all of them; an answer that lacks a detail or has a
-wrong number fails at least one of the ten test calls. The lines commute, so any order of them is right.
+Only the human knows the numbers (2 to 9). Asking about a detail that the task does not have wastes
+a turn ("I don't know."), and ten turns are too few to ask about all twenty. An answer with a
+missing detail or a wrong number fails at least one of the ten test calls. The order of the lines
+does not matter.
 
     python -m colbench.env.backend.mini --split test --n 3          # look at some tasks
     python -m colbench.env.backend.mini --split train --n 1000 > tasks.jsonl
@@ -25,7 +26,7 @@ import json
 import random
 import re
 
-# detail -> (its line, V is the number that only the human knows; six hints, any of which may stand for it in a request)
+# detail -> (its line, with V for the hidden number; its six hints, of which a request uses one)
 DETAILS = {
     "insurance": ("+= V * n", "porcelain crystal antiques paintings violins jewellery"),
     "customs": ("+= V", "imports borders embassies overseas tariffs passports"),
@@ -52,30 +53,35 @@ FUNCTIONS = ("quote", "price", "charge", "bill")
 
 
 def request(function: str, hints: list[str]) -> str:
-    """The vague request that the agent sees."""
+    """The vague request that the agent gets."""
     deals = ", ".join(hints[:-1]) + " and " + hints[-1]
     return (f"Please write {function}(n, d), the price of n items for d days. We deal in {deals}. "
             f"The signature of the function is: def {function}(n, d)")
 
 
 def code(function: str, numbers: dict[str, int], comments: bool = True) -> str:
-    """The function that adds up `numbers` (detail -> V); comments name the details, as in a reference."""
+    """The function that adds up `numbers` (detail -> V). comments: name the details."""
     lines = [f"def {function}(n, d):", "    total = 0"]
     for name, number in numbers.items():
-        lines.append("    total " + DETAILS[name][0].replace("V", str(number)) + (f"  # {name}" if comments else ""))
+        comment = f"  # {name}" if comments else ""
+        lines.append("    total " + DETAILS[name][0].replace("V", str(number)) + comment)
     return "\n".join(lines + ["    return total"])
 
 
-def details_of(reference: str) -> dict[str, int] | None:
-    """The numbers behind a reference of this benchmark, detail -> V; None for any other reference."""
-    head = re.match(r"def (\w+)\(n, d\):\n", reference)
-    lines = re.findall(r"^    total ([-+]= .*)  # (\w+)$", reference, re.MULTILINE)
-    found = {}
-    for line, name in lines if head else ():
-        pattern = re.escape(DETAILS[name][0]).replace("V", r"(\d+)") if name in DETAILS else "(?!)"
-        if value := re.fullmatch(pattern, line):
-            found[name] = int(value[1])
-    return found if found and code(head[1], found) == reference else None
+def details_of(hidden_code: str) -> dict[str, int] | None:
+    """The numbers in this benchmark's hidden code, detail -> V; None for any other code."""
+    head = re.match(r"def (\w+)\(n, d\):\n", hidden_code)
+    lines = re.findall(r"^    total ([-+]= .*)  # (\w+)$", hidden_code, re.MULTILINE)
+    if not head:
+        return None
+    numbers = {}
+    for line, name in lines:
+        if name not in DETAILS:
+            continue
+        pattern = re.escape(DETAILS[name][0]).replace("V", r"(\d+)")
+        if match := re.fullmatch(pattern, line):
+            numbers[name] = int(match[1])
+    return numbers if numbers and code(head[1], numbers) == hidden_code else None
 
 
 def _total(numbers: dict[str, int], n: int, d: int) -> int:
@@ -90,7 +96,7 @@ def _total(numbers: dict[str, int], n: int, d: int) -> int:
 def mini_task(split: str, index: int, seed: int = 0, details: tuple = (3, 4)) -> dict:
     """Task number `index` of a split; a pure function of its arguments.
 
-    A task is never in both splits: its content decides. details: how many of them a task may have.
+    The content decides the split, so no task is in both. details: how many of them a task may have.
     """
     rng = random.Random(f"{split} {seed} {index}")
     while True:
@@ -101,10 +107,11 @@ def mini_task(split: str, index: int, seed: int = 0, details: tuple = (3, 4)) ->
         if ("test" if hashlib.sha256(content.encode()).digest()[0] < 64 else "train") != split:
             continue
         calls = rng.sample([(n, d) for n in range(1, 21) for d in range(1, 21)], 10)
-        # every line must matter: no answer that lacks some of them passes all ten calls
+        # every line matters: an answer without some of them fails at least one call
         whole = [_total(numbers, *call) for call in calls]
         parts = (part for size in range(len(names)) for part in itertools.combinations(names, size))
-        if all([_total({name: numbers[name] for name in part}, *call) for call in calls] != whole for part in parts):
+        if all([_total({name: numbers[name] for name in part}, *call) for call in calls] != whole
+               for part in parts):
             break
     rng.shuffle(hints)
     function = rng.choice(FUNCTIONS)
@@ -119,15 +126,16 @@ def mini_task(split: str, index: int, seed: int = 0, details: tuple = (3, 4)) ->
 def mini_tasks(split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n tasks of a split ("train" or "test") in the published ColBench format."""
     if split not in ("train", "test"):
-        raise ValueError(f"split is 'train' or 'test', not {split!r}")
+        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     return [mini_task(split, index, seed) for index in range(n)]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--n", type=int, default=3, help="number of tasks (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other tasks (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the tasks (default: 0)")
     args = parser.parse_args()
     for task in mini_tasks(args.split, args.n, args.seed):
         print(json.dumps(task))

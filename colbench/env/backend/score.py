@@ -1,46 +1,58 @@
-"""Score answers to Backend Programming tasks: run reference and answer on a task's calls in the sandbox, compare here.
+"""Score answers to Backend Programming tasks.
+
+The hidden code and the answer run on a task's test calls in the sandbox; the results are compared
+here.
 
     with Scorer(workers=2) as scorer:
         result = scorer.score(task, answer)
-    # {"fixed": {"passed": 8, "total": 10, "calls": ["passed", "wrong", ...], "expected": ["12", ...], "got": [...]},
-    #  "official": {"passed": 7, "total": 10}, "sandbox": "strict"}, and "note" when the answer was not run
+    # {"fixed": {"passed": 8, "total": 10, "calls": ["passed", "wrong", ...],
+    #            "expected": ["12", ...], "got": [...]},
+    #  "official": {"passed": 7, "total": 10}, "sandbox": "strict"}
+    # and "note" if the answer was not run
 
-Two modes from one scoring:
-  fixed     what the benchmark means: code is found wherever it stands in the answer and runs in one namespace.
-  official  the released evaluator's figures (sweet_rl 38daf2a, code_utils.check_correctness), on every Python version:
-            an answer with one of BANNED in it scores 0; the first ```python fence, then the first fence, else the whole
-            text; code runs as if inside a function, so helpers, recursion and module-level imports fail, in references
-            too; 1 s a call by SIGALRM. Not reproduced: state that code leaves in the evaluator for other answers;
-            SystemExit, which ends the whole run there, is a call not passed; code that catches the alarm may go on for
-            1 s more, there for ever; an object whose own __eq__ says yes is not data and does not pass.
+Every answer is scored in two modes:
+  fixed     What the benchmark means: code may be anywhere in the answer and runs in one namespace.
+  official  The released evaluator's numbers (sweet_rl 38daf2a, code_utils.check_correctness), on
+            every Python version. An answer that contains one of BANNED scores 0. The code is the
+            first ```python fence, else the first fence, else the whole text. It runs as if inside a
+            function, so helpers, recursion and module-level imports fail, also in the hidden code.
+            SIGALRM ends a call after 1 s.
+            Not reproduced: state that code leaves in the evaluator for later answers; SystemExit,
+            which ends the whole run there and fails one call here; code that catches the alarm,
+            which may run for 1 s more here and forever there; an object whose own __eq__ returns
+            True, which is not plain data and fails here.
 
-Code, in fixed mode: a statement of the module that raises or is none (a stray word before the code, an example,
-input()) costs itself alone. What stands behind it runs: a definition there counts, a loop there costs the call its
-second. A definition without a body (docstring, `...`, pass, return None, NotImplementedError) does not replace one that
-has a body.
+Code in fixed mode: a module-level statement that raises or does not compile (a stray word before
+the code, an example, input()) has no effect on the others. Definitions after it count, and a loop
+after it uses up the call's second. A definition without a body (docstring, `...`, pass, return
+None, NotImplementedError) does not replace one with a body.
 
-Time: a call has 1 s in each mode, an answer ANSWER_ALL_S for all; calls that it does not get to are timed out. Answers
-that are slow run the fixed mode first; official then takes its outcomes if the code is one plain function in one piece,
-which cannot tell the modes apart (`sandbox.alike`), else it has the time that is left. So where most calls are slow or
-hang, those that would pass in official alone (code with helpers or examples or that catches the alarm, a slow first
-fence) may be lost, and in fixed mode the last ones of an answer that also imports much, anew after each call that hung.
-References have REFERENCE_S and REFERENCE_ALL_S in the same way.
+Time: a call has 1 s in each mode, an answer has ANSWER_ALL_S for all calls, and calls that are not
+reached count as timed out. Slow answers run the fixed mode first. The official mode then takes over
+its outcomes if the code is one plain function in one piece, which cannot tell the modes apart
+(`sandbox.alike`); otherwise it gets the time that is left. So if most calls are slow or hang, some
+passes may be lost: those in official mode alone (code with helpers or examples, code that catches
+the alarm, a slow first fence), and the last calls in fixed mode of an answer with many imports,
+which are repeated after each call that hangs. The hidden code has HIDDEN_CODE_S and
+HIDDEN_CODE_ALL_S in the same way.
 
-In both modes a call passes when the results are equal by Python's ==; a reference that gives None, raises or is no
-plain data never counts. Equal there, but not here:
-  - a result that is no plain data (`sandbox.KINDS` and numpy's types): objects of own classes, functions, classes other
-    than the built-in ones, modules, compiled patterns, array.array and memoryviews of other than bytes, IP addresses,
-    numpy's longdouble
-  - one of more than 1 MB, 100,000 values or 900 levels, or of more than four times the reference's bytes and 4 kB
-  - a NaN in a container, where Python finds the same object (math.nan) on both sides
-  - numpy's times in units that Python's types lack (nanoseconds), and timedelta64 and an int
-  - times with a zone are their offsets from UTC: those in one zone that differ in `fold` alone, or of which one stands
-    in the hour that the zone skips or has twice
-  - Counters with a count that is no number: they compare as dicts
-In fixed mode numpy arrays compare as nested lists, so that equal arrays and lists pass, and a numpy number is not equal
-to a list of one.
+In both modes a call passes if the results are equal by Python's ==. A call never counts if the
+hidden code returns None, raises or returns something that is not plain data.
+Equal in Python but not here:
+  - a result that is not plain data (`sandbox.KINDS` and numpy's types): objects of user-defined
+    classes, functions, classes that are not built in, modules, compiled patterns, array.array,
+    memoryviews of anything but bytes, IP addresses, numpy's longdouble
+  - a result above 1 MB, 100,000 values or 900 levels, or above four times the hidden code's bytes
+    plus 4 kB
+  - a NaN in a container, if Python finds the same object (math.nan) on both sides
+  - numpy times in units that Python's types lack (nanoseconds); timedelta64 and an int
+  - times with a zone, which become offsets from UTC: two in one zone that differ only in `fold`, or
+    of which one is in the hour that the zone skips or repeats
+  - Counters with a count that is not a number, which compare as dicts
+In fixed mode numpy arrays compare as nested lists: equal arrays and lists pass, and a numpy number
+does not equal a list of one.
 
-`expected` and `got` are for people: short texts of the results, None where there is none.
+`expected` and `got` are short texts of the results for people, None where there is no result.
 """
 import json
 import math
@@ -56,19 +68,21 @@ from colbench.env.backend import sandbox
 from colbench.run.errors import UserError
 
 MAX_ANSWER = 200_000      # bytes of UTF-8; longer answers score 0
-CALL_S = 1                # wall seconds an answer has for a call, as in the released evaluator
-REFERENCE_S = 10.0        # the same for a reference, which has no limit there
-ANSWER_ALL_S = 10.7       # wall seconds for all of an answer's calls in both modes, a second more for each above ten
-REFERENCE_ALL_S = 22.0    # the same for a reference, two more for each above ten
-SHOWN_WIRE = 20_000       # bytes of JSON: a longer result is not shown, only its size
-SHOWN = 200               # characters of a result that are shown
-NUMBERS = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
-           "float64", "complex64", "complex128"}  # numpy's; the data may be forged, and other types could be large
-BANNED = ("import os", "from os", "import sys", "from sys", "sudo", "transformers", "exit(", "quit(", "argparse")
+CALL_S = 1                # wall seconds per call of an answer, as in the released evaluator
+HIDDEN_CODE_S = 10.0      # the same for the hidden code, which has no limit there
+ANSWER_ALL_S = 10.7       # wall seconds for all calls in both modes; 1 more per call above ten
+HIDDEN_CODE_ALL_S = 22.0  # the same for the hidden code; 2 more per call above ten
+SHOWN_WIRE = 20_000       # bytes of JSON; of a longer result only the size is shown
+SHOWN = 200               # characters shown of a result
+# numpy's; the data may be forged, and other types could be large
+NUMBERS = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+           "float16", "float32", "float64", "complex64", "complex128"}
+BANNED = ("import os", "from os", "import sys", "from sys", "sudo", "transformers", "exit(",
+          "quit(", "argparse")
 
 
 def official_code(answer):
-    """The code the released evaluator takes from an answer, or None where a banned word makes it score 0."""
+    """Return the code that the released evaluator runs; None if a banned word makes it score 0."""
     if any(word in answer for word in BANNED):
         return None
     for fence in ("```python", "```"):
@@ -78,11 +92,12 @@ def official_code(answer):
 
 
 class Number:
-    """A numpy number: == to Python's numbers and others of its kind is numpy's own, else that of its value."""
+    """A numpy number. Compares with numbers by numpy's ==, with anything else by its value's ==."""
 
     def __init__(self, dtype, value):
-        import numpy  # here and below, as the scorer runs without it too
-        self.value, self.numpy = value, numpy.dtype(dtype).type(value)
+        import numpy  # not at the top: the scorer also runs without numpy
+        self.value = value
+        self.numpy = numpy.dtype(dtype).type(value)
 
     def is_number(self):
         return True
@@ -94,7 +109,7 @@ class Number:
         with numpy.errstate(all="ignore"):
             return bool(self.numpy == (other.numpy if isinstance(other, Number) else other))
 
-    def __hash__(self):  # they stand in sets and as keys
+    def __hash__(self):  # for sets and keys
         return hash(self.value)
 
     def __repr__(self):
@@ -102,15 +117,17 @@ class Number:
 
 
 def number(dtype, value):
-    """What stands for the one value of a numpy scalar; those that are no numbers are Python's own."""
+    """Return a Number for a numpy scalar's value; the value itself if its type is not a number."""
     return Number(dtype, value) if dtype in NUMBERS else value
 
 
 class OfficialArray:
-    """A numpy array or scalar as the released evaluator meets it: == has a truth value only between single elements."""
+    """A numpy array or scalar in the released evaluator: == works only between single elements."""
 
     def __init__(self, shape, flat, dtype):
-        self.flat = [number(dtype, flat[0])] if len(flat) == 1 else flat
+        self.flat = flat
+        if len(flat) == 1:
+            self.flat = [number(dtype, flat[0])]
 
     def is_number(self):
         return all(isinstance(item, (int, float, Number)) for item in self.flat)
@@ -121,7 +138,7 @@ class OfficialArray:
             flat = [flat[0][0]] if len(flat[0]) == 1 else []
             if flat and isinstance(flat[0], OfficialArray):
                 flat = flat[0].flat
-            elif flat and type(flat[0]) in (int, float):  # alone it would give way to the other's type
+            elif flat and type(flat[0]) in (int, float):  # a bare one would take the other's type
                 flat = [number({int: "int64", float: "float64"}[type(flat[0])], flat[0])]
         if len(self.flat) != 1 or len(flat) != 1:
             raise ValueError("the truth value of an array with more than one element is ambiguous")
@@ -132,36 +149,46 @@ class OfficialArray:
 
 
 def nested_list(shape, flat, dtype):
-    """A numpy array (row-major `flat` values) as nested lists; without dimensions its value, an empty one []."""
+    """Return a numpy array (row-major `flat` values) as nested lists.
+
+    An array without dimensions becomes its value, an empty one [].
+    """
     if not shape:
         return number(dtype, flat[0])
-    if not flat or type(flat) is not list or math.prod(shape) != len(flat):  # the last two are forged
+    if not flat or type(flat) is not list or math.prod(shape) != len(flat):  # the last two: forged
         return []
     step = len(flat) // shape[0]
-    return [nested_list(shape[1:], flat[i * step:(i + 1) * step], "") for i in range(shape[0])]
+    return [nested_list(shape[1:], flat[i * step:(i + 1) * step], "")
+            for i in range(shape[0])]
 
 
 def read(outcome, array):
-    """(value, bytes it came in) of a reference's outcome, or None where it never counts."""
+    """Return (value, bytes of its JSON) of the hidden code's outcome; None if it never counts."""
+    kind, wire = outcome
     try:
-        value = sandbox.decode(json.loads(outcome[1]), array) if outcome[0] == "value" else None
-    except Exception:  # what the sandbox sent does not decode, such as a set of unhashable items
+        value = sandbox.decode(json.loads(wire), array) if kind == "value" else None
+    except Exception:  # does not decode, such as a set of unhashable items
         return None
-    return None if value is None else (value, len(outcome[1]))
+    return None if value is None else (value, len(wire))
 
 
 class ShortRepr(reprlib.Repr):
-    """Short texts of plain data, made here and never by an object's own __repr__; the same in every process."""
+    """Short texts of plain data: the same in every process, never an object's own __repr__."""
 
     def __init__(self):
         super().__init__()
-        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 20
+        self.maxlist = self.maxtuple = self.maxdict = 20
+        self.maxset = self.maxfrozenset = self.maxdeque = 20
         self.maxstring = self.maxlong = self.maxother = SHOWN
 
-    def repr_set(self, value, level):  # the library falls back to the order of hashes, which differ between processes
-        items = sorted(self.repr1(item, level - 1) for item in value) if level > 0 else ["..."]
+    def repr_set(self, value, level):  # the library's order may depend on the process's hash seed
+        if not value:
+            return "set()"
+        items = ["..."]
+        if level > 0:
+            items = sorted(self.repr1(item, level - 1) for item in value)
         more = ", ..." if len(items) > self.maxset else ""
-        return "{" + ", ".join(items[:self.maxset]) + more + "}" if value else "set()"
+        return "{" + ", ".join(items[:self.maxset]) + more + "}"
 
     def repr_frozenset(self, value, level):
         return f"frozenset({self.repr_set(value, level) if value else ''})"
@@ -172,7 +199,7 @@ class ShortRepr(reprlib.Repr):
 
 
 def short_text(outcome):
-    """A short text of the result in an outcome from the sandbox, possibly forged; None where the call gave none."""
+    """Return a short text of an outcome's result (possibly forged); None if there is no result."""
     kind, wire = outcome
     if kind != "value":
         return None
@@ -180,20 +207,23 @@ def short_text(outcome):
         return f"(a result of {len(wire)} bytes)"
     try:
         text = ShortRepr().repr(sandbox.decode(json.loads(wire), nested_list))
-    except Exception:  # an integer of too many digits, or a forged result
+    except Exception:  # an integer with too many digits, or a forged result
         return "(cannot be shown)"
     return text if len(text) <= SHOWN else text[:SHOWN - 3] + "..."
 
 
 def judge(expected, outcome, array):
-    """The verdict on one call: `expected` from `read`, the answer's `outcome` from the sandbox, possibly forged."""
+    """Return the verdict on one call.
+
+    expected: from `read`. outcome: the answer's, from the sandbox, possibly forged.
+    """
     kind, wire = outcome
     if expected is None:
         return "no reference value"
     if kind != "value":
         return kind
     value, size = expected
-    if len(wire) > 4 * size + 4096:  # equal values have like sizes; keeps what is decoded here small
+    if len(wire) > 4 * size + 4096:  # equal values have similar sizes; bounds what is decoded here
         return "wrong"
     try:
         return "passed" if value == sandbox.decode(json.loads(wire), array) else "wrong"
@@ -201,34 +231,42 @@ def judge(expected, outcome, array):
         return "wrong"
 
 
-def run_reference(zygote, texts, calls):
-    """`Zygote.run` with a reference's limits."""
-    return zygote.run(texts, calls, REFERENCE_S, total=REFERENCE_ALL_S + 2 * max(len(calls) - 10, 0))
+def run_hidden_code(zygote, texts, calls):
+    """Call `Zygote.run` with the hidden code's time limits."""
+    total = HIDDEN_CODE_ALL_S + 2 * max(len(calls) - 10, 0)
+    return zygote.run(texts, calls, HIDDEN_CODE_S, total=total)
 
 
 class Scorer:
-    """Scores on `workers` warm sandboxes; every method may be called from several threads. `tier` names what holds."""
+    """Scores on `workers` warm sandboxes. Every method may be called from several threads.
+
+    tier: how safe the sandbox is here (`sandbox.self_test`).
+    """
 
     def __init__(self, workers=2, allow_weak=False):
-        """Raises UserError when the sandbox is weak here and `allow_weak` is off."""
+        """Raises UserError if the sandbox is weak here and `allow_weak` is off."""
         if os.name == "nt":
-            raise UserError("scoring runs model-written code, and Windows has no sandbox: use Linux or WSL2")
+            raise UserError("scoring runs model-written code, and Windows has no sandbox; "
+                            "use Linux or WSL2")
         try:
-            with ThreadPoolExecutor(workers + 1) as pool:  # one more process for the references
+            with ThreadPoolExecutor(workers + 1) as pool:  # one more process for the hidden code
                 self.zygotes = list(pool.map(lambda _: sandbox.Zygote(), range(workers + 1)))
-            self.tier, through = sandbox.self_test(self.zygotes[1])
+            self.tier, escapes = sandbox.self_test(self.zygotes[1])
         except (RuntimeError, OSError) as error:
             raise UserError(f"the scorer's sandbox does not start: {error}") from error
         if self.tier == "weak" and not allow_weak:
             self.close()
-            raise UserError(f"the sandbox is not safe here, this gets through: {', '.join(through)}; "
-                            "score on Linux with seccomp, or allow a weak sandbox if you trust the model")
-        print(f"sandbox: {self.tier} ({self.zygotes[1].layers.decode() or 'no layer of the kernel'}), "
-              f"of all that was tried got through: {', '.join(through) or 'nothing'}", file=sys.stderr)
+            raise UserError(
+                f"the sandbox is not safe here, code can escape by: {', '.join(escapes)}; "
+                "use Linux with seccomp, or --allow-weak-sandbox if you trust the model")
+        layers = self.zygotes[1].layers.decode() or "no kernel layers"
+        print(f"sandbox: {self.tier} ({layers}); escapes found: {', '.join(escapes) or 'none'}",
+              file=sys.stderr)
         for zygote in self.zygotes:
-            zygote.layers = self.zygotes[1].layers  # one that has others than those tested stops the run
+            zygote.layers = self.zygotes[1].layers  # a zygote with other layers stops the run
         self.workers = workers
-        self.references, self.reference_lock = {}, threading.Lock()
+        self.expected_results = {}
+        self.hidden_code_lock = threading.Lock()
         self.free = queue.SimpleQueue()
         for zygote in self.zygotes[1:]:
             self.free.put(zygote)
@@ -240,59 +278,72 @@ class Scorer:
         self.close()
 
     def close(self):
-        """End all its processes."""
+        """End all sandbox processes."""
         for zygote in self.zygotes:
             zygote.close()
 
     def score(self, task, answer):
-        """The result (see the top of this file) of an answer (text, or None) to a task."""
+        """Score an answer (a string or None) to a task; the module docstring shows the result."""
         calls = list(task["test_cases"].values())
-        note = "no answer" if answer is None else ""
-        if answer is not None and len(answer.encode("utf-8", "surrogatepass")) > MAX_ANSWER:
+        note = ""
+        if answer is None:
+            note = "no answer"
+        elif len(answer.encode("utf-8", "surrogatepass")) > MAX_ANSWER:
             note = f"the answer is longer than {MAX_ANSWER} bytes"
         expected = self.expected(task["ground_truth"], calls)
         texts = {} if note else {"official": official_code(answer), "fixed": answer}
-        texts = {mode: text for mode, text in texts.items() if text is not None and any(expected[mode])}
+        texts = {mode: text for mode, text in texts.items()
+                 if text is not None and any(expected[mode])}
+        total = ANSWER_ALL_S + max(len(calls) - 10, 0) * CALL_S
         zygote = self.free.get()
         try:
-            got = zygote.run(texts, calls, CALL_S, CALL_S, ANSWER_ALL_S + max(len(calls) - 10, 0) * CALL_S)
+            outcomes = zygote.run(texts, calls, CALL_S, CALL_S, total)
         finally:
             self.free.put(zygote)
-        none = [("refused", b"")] * len(calls)
-        verdicts = [judge(*pair, nested_list) for pair in zip(expected["fixed"], got.get("fixed", none))]
-        official = [judge(*pair, OfficialArray) for pair in zip(expected["official"], got.get("official", none))]
+        not_run = [("refused", b"")] * len(calls)
+        fixed = outcomes.get("fixed", not_run)
+        official = outcomes.get("official", not_run)
+        verdicts = [judge(*pair, nested_list) for pair in zip(expected["fixed"], fixed)]
+        official_verdicts = [judge(*pair, OfficialArray)
+                             for pair in zip(expected["official"], official)]
         result = {
             "fixed": {"passed": verdicts.count("passed"), "total": len(calls), "calls": verdicts,
                       "expected": expected["texts"],
-                      "got": [short_text(outcome) for outcome in got.get("fixed", none)]},
-            "official": {"passed": official.count("passed"), "total": len(calls)}, "sandbox": self.tier}
+                      "got": [short_text(outcome) for outcome in fixed]},
+            "official": {"passed": official_verdicts.count("passed"), "total": len(calls)},
+            "sandbox": self.tier}
         return {**result, "note": note} if note else result
 
     def score_many(self, pairs):
-        """Yield the result of each (task, answer), in order, scored on all workers at once."""
+        """Yield the result of each (task, answer) in order, using all workers at once."""
         pool = ThreadPoolExecutor(self.workers)
         try:
             yield from pool.map(lambda pair: self.score(*pair), pairs)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def expected(self, reference, calls):
-        """What the reference gives for each call, for each mode as `read` returns it, and as short texts. Run once."""
-        key = (reference, *calls)
-        with self.reference_lock:  # there is one process for references
-            if key not in self.references:
-                got = run_reference(self.zygotes[0], {"fixed": reference, "official": reference}, calls)
-                self.references[key] = {"fixed": [read(outcome, nested_list) for outcome in got["fixed"]],
-                                        "official": [read(outcome, OfficialArray) for outcome in got["official"]],
-                                        "texts": [short_text(outcome) for outcome in got["fixed"]]}
-            return self.references[key]
+    def expected(self, hidden_code, calls):
+        """Run the hidden code once and return its result for each call.
+
+        {"fixed": [from `read`], "official": [from `read`], "texts": [from `short_text`]}
+        """
+        key = (hidden_code, *calls)
+        with self.hidden_code_lock:  # only one process runs hidden code
+            if key not in self.expected_results:
+                texts = {"fixed": hidden_code, "official": hidden_code}
+                outcomes = run_hidden_code(self.zygotes[0], texts, calls)
+                self.expected_results[key] = {
+                    "fixed": [read(outcome, nested_list) for outcome in outcomes["fixed"]],
+                    "official": [read(outcome, OfficialArray) for outcome in outcomes["official"]],
+                    "texts": [short_text(outcome) for outcome in outcomes["fixed"]]}
+            return self.expected_results[key]
 
 
 def share(result, mode="fixed"):
-    """Share of the calls passed, 0 to 1; 0.0 for a task without calls. `mode`: "fixed" or "official"."""
+    """Return the share of calls passed, 0 to 1; 0.0 without calls. mode: "fixed" or "official"."""
     return result[mode]["passed"] / max(result[mode]["total"], 1)
 
 
 def success(result, mode="fixed"):
-    """Whether every call passed, of at least one."""
+    """Return whether there are calls and all of them passed."""
     return 0 < result[mode]["total"] == result[mode]["passed"]
