@@ -69,15 +69,15 @@ from colbench.train.start import (begin_ranking, critic_to_do, linear_schedule, 
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark, on a CPU
-        model="tiny", load_in_4bit=False, lora_rank=32,
-        gradient_checkpointing=False,  # True: less memory, slower
+        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False,
         learning_rate=3e-4, epochs=2, batch_size=8,  # pairs per step
         beta=3.0, nll_weight=0.3,  # β and w of (2)
         pairs_per_task=6,  # at most; 0: all
         tokens_per_step=384, max_tokens=1024),  # in one forward pass; of one trajectory
     "llama": dict(  # the paper's, except for 4-bit LoRA with its learning rate, and β, w (above)
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
-        gradient_checkpointing=True, learning_rate=5e-5, epochs=4, batch_size=8,
+        gradient_checkpointing=True,  # less memory, slower
+        learning_rate=5e-5, epochs=4, batch_size=8,
         beta=3.0, nll_weight=0.3, pairs_per_task=0, tokens_per_step=8192, max_tokens=8192),
 }
 
@@ -87,8 +87,7 @@ PRESETS = {
 def advantage(logps: torch.Tensor, ref_logps: torch.Tensor, length_norm: bool = True):
     """(1): mean log-ratio over the L tokens of a message. logps, ref_logps: (L,) -> scalar.
 
-    evaluate.py and the report use a copy, mean_log_ratio in colbench/train/critics.py: change both.
-    """
+    evaluate.py and its report use mean_log_ratio in colbench/train/critics.py: change both."""
     log_ratio = logps - ref_logps
     if not length_norm:
         return log_ratio.sum()
@@ -98,12 +97,11 @@ def advantage(logps: torch.Tensor, ref_logps: torch.Tensor, length_norm: bool = 
 def trajectory_score(logps: list, ref_logps: list, score: str = "turn-mean") -> torch.Tensor:
     """Σ_t A_θ(o_t, a_t, c) of (2). logps, ref_logps: lists over turns t of (L_t,) -> scalar.
 
-    score: "turn-mean"; "sum" (--no-length-norm) or "trajectory-mean" (--official) over all tokens.
+    score: "turn-mean", or over all tokens "sum" (--no-length-norm), "trajectory-mean" (--official).
     """
     if score == "turn-mean":
         return sum(advantage(turn, ref_turn) for turn, ref_turn in zip(logps, ref_logps))
-    length_norm = score == "trajectory-mean"
-    return advantage(torch.cat(logps), torch.cat(ref_logps), length_norm)
+    return advantage(torch.cat(logps), torch.cat(ref_logps), score == "trajectory-mean")
 
 
 def critic_loss(chosen_logps: list, rejected_logps: list, ref_chosen_logps: list,
@@ -118,10 +116,9 @@ def critic_loss(chosen_logps: list, rejected_logps: list, ref_chosen_logps: list
 
 def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int,
                      chosen_at_least: float = 0.0) -> list[tuple[int, int]]:
-    """Pairs (number of τ+, number of τ−) of one task with r(τ+) > r(τ−).
+    """Pairs (number of τ+, number of τ−) of one task with r(τ+) > r(τ−). As in train_policy.py.
 
-    At most pairs_per_task per task, drawn at random; 0: all. As in train_policy.py.
-    """
+    At most pairs_per_task per task, drawn at random; 0: all."""
     by_task = {}
     for number, trajectory in enumerate(trajectories):
         by_task.setdefault(trajectory["id"], []).append(number)
@@ -140,7 +137,6 @@ def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int,
 @dataclass
 class Example:
     """Trajectories that one forward pass computes, and the pairs among them."""
-
     numbers: tuple  # of the trajectories in the file
     trees: list[Tree]  # their tokens, and where the agent's messages are
     rewards: list[float]
@@ -160,9 +156,7 @@ def batch_of(examples: list[Example], step: int, args, accelerator):
 
 
 def pair_loss(args, example: Example, pair: tuple, turns: list):
-    """(the loss of a pair, {name in the log: value}).
-
-    turns: per trajectory a list over turns t of (L_t,) log-probs."""
+    """(the loss of a pair, {name in the log: value}). turns: per trajectory a list of (L_t,)."""
     if args.critic in HEADS:
         return head_loss(args.critic, turns, pair, example.rewards, args.beta)
     chosen, rejected = pair
@@ -201,7 +195,7 @@ def train(args, accelerator, model, tokenizer, examples: list[Example], nats) ->
 
     for step in bar:
         batch, n_pairs = batch_of(examples, step, args, accelerator)
-        weight = accelerator.num_processes / n_pairs  # of a pair: gradients are averaged below
+        weight = accelerator.num_processes / n_pairs  # of a pair; processes are averaged below
         for micro_batch in pack([example.tokens for example in batch], args.tokens_per_step):
             micro_batch = [batch[k] for k in micro_batch]  # what fits into one forward pass
             trees = [tree for example in micro_batch for tree in example.trees]
@@ -255,9 +249,7 @@ def advantages(args, states: list[dict], tokenizer, model, base_logps) -> list[l
 
 
 def rank(args, accelerator, environment, score) -> None:
-    """Append a line to preferences.jsonl for every state that has none yet.
-
-    score: states -> the advantages of their candidates."""
+    """Append a line per unranked state to preferences.jsonl. score: states -> advantages."""
     states = begin_ranking(args, accelerator, environment)
     left_out = 0
     for start in tqdm(range(0, len(states), 16), desc="ranking", unit="16 states",
@@ -275,8 +267,7 @@ def rank(args, accelerator, environment, score) -> None:
             if accelerator.is_main_process:
                 append_jsonl(args.preferences, row)
     if accelerator.is_main_process:
-        print(f"{args.preferences}: {len(states) - left_out} states ranked, {left_out} left out "
-              "for their length")
+        print(f"{args.preferences}: {len(states) - left_out} states ranked, {left_out} too long")
         print(next_step("train_policy.py", args))
 
 
@@ -285,17 +276,13 @@ def rank(args, accelerator, environment, score) -> None:
 def load_examples(args, environment, tokenizer) -> list[Example]:
     """One example per pair of trajectories (value critic: per trajectory), without ref_logps."""
     everything = load_trajectories(args.trajectories, environment.check_task, scored=True)
-    everything = of_first_tasks(everything, args.max_trajectories)
-    trajectories = [trajectory for trajectory in everything if "reward" in trajectory]
+    trajectories = [trajectory for trajectory in of_first_tasks(everything, args.max_trajectories)
+                    if "reward" in trajectory]  # those without one failed
     rewards = [trajectory["reward"] for trajectory in trajectories]
     pairs = [(number,) for number in range(len(trajectories))]
     if args.critic != "value":
         chosen_at_least = 1.0 if args.official else 0.0
         pairs = trajectory_pairs(trajectories, args.pairs_per_task, args.seed, chosen_at_least)
-    if not pairs:
-        raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories "
-                        f"of different reward (with --official, one of 1), {len(trajectories)} "
-                        "trajectories; collect more with a larger --k or more tasks")
     trees = {}
     for number in {number for pair in pairs for number in pair}:
         messages = whole_dialogue(trajectories[number], environment.prompt)
@@ -312,7 +299,10 @@ def load_examples(args, environment, tokenizer) -> list[Example]:
             examples.append(Example(pair, own_trees, own_rewards, [places], sum(sizes)))
     left_out = f"{len(pairs) - len(examples)} left out for more than {args.max_tokens} tokens"
     if not examples:
-        raise UserError(f"{args.trajectories}: no pairs; {left_out} (--max-tokens)")
+        raise UserError(f"{args.trajectories}: no pair to learn from among {len(trajectories)} "
+                        "trajectories: a pair is two of one task with different rewards "
+                        f"(--official: one of 1); {left_out} (--max-tokens); collect more with a "
+                        "larger --k or more tasks")
     print(f"{len(examples)} pairs of trajectories; {left_out}")
     return examples
 
@@ -389,8 +379,7 @@ def parse_args():
     group.add_argument("--beta", type=float, help="β of (2), see above")
     group.add_argument("--nll-weight", type=float, help="w of (2), the weight of NLL(τ+)")
     group.add_argument("--pairs-per-task", type=int, help="at most, drawn at random; 0: all")
-    group.add_argument("--max-trajectories", type=int, default=0,
-                       help="use only the first trajectories; 0: all")
+    group.add_argument("--max-trajectories", type=int, default=0, help="the first ones; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_critic")
     args, given = parse_flags(parser)

@@ -60,15 +60,15 @@ from colbench.train.start import is_trained, linear_schedule, start_accelerator,
 
 PRESETS = {
     "tiny": dict(  # the embedded model on the bundled mini benchmark, on a CPU
-        model="tiny", load_in_4bit=False, lora_rank=32,
-        gradient_checkpointing=False,  # True: less memory, slower
+        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False,
         learning_rate=1e-3, epochs=2, batch_size=32,  # pairs per step
         beta=1.0, nll_weight=1.0,  # β′ and w of (3)
         pairs_per_task=4,  # multi-turn DPO: at most; 0: all
         tokens_per_step=384, max_tokens=1024),  # in one forward pass; of one example
     "llama": dict(  # the paper's, except for 4-bit LoRA and its learning rate
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
-        gradient_checkpointing=True, learning_rate=5e-5, epochs=1, batch_size=8,
+        gradient_checkpointing=True,  # less memory, slower
+        learning_rate=5e-5, epochs=1, batch_size=8,
         beta=0.1, nll_weight=0.01, pairs_per_task=0, tokens_per_step=8192, max_tokens=8192),
 }
 BASELINES = {  # what differs from the preset
@@ -112,10 +112,9 @@ def policy_pairs(advantages: list[float], rng: random.Random, n: int) -> list[tu
 
 
 def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int):
-    """Pairs (number of τ+, number of τ−) of one task with r(τ+) > r(τ−).
+    """Pairs (number of τ+, number of τ−) of one task with r(τ+) > r(τ−). As in train_critic.py.
 
-    At most pairs_per_task per task, drawn at random; 0: all. As in train_critic.py.
-    """
+    At most pairs_per_task per task, drawn at random; 0: all."""
     by_task = {}
     for number, trajectory in enumerate(trajectories):
         by_task.setdefault(trajectory["id"], []).append(number)
@@ -133,7 +132,6 @@ def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int):
 @dataclass
 class Example:
     """Messages that one forward pass computes, and the pairs among them."""
-
     trees: list[Tree]  # a state: its prompt, then the messages; baselines: whole dialogues
     pairs: list[tuple[list[int], list[int]]]  # messages of a+ and of a−, numbered over all trees
     tokens: int  # of all trees
@@ -191,7 +189,7 @@ def train(args, accelerator, model, tokenizer, examples: list[Example], nats) ->
 
     for step in bar:
         batch, n_pairs = batch_of(examples, step, args, accelerator)
-        weight = accelerator.num_processes / n_pairs  # of a pair: gradients are averaged below
+        weight = accelerator.num_processes / n_pairs  # of a pair; processes are averaged below
         for micro_batch in pack([example.tokens for example in batch], args.tokens_per_step):
             micro_batch = [batch[k] for k in micro_batch]  # what fits into one forward pass
             trees = [tree for example in micro_batch for tree in example.trees]
@@ -348,7 +346,7 @@ def parse_args():
     group.add_argument("--pairs-per-state", type=int, default=4, help="at most")
     group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most; 0: all")
     group.add_argument("--max-trajectories", type=int, default=0,
-                       help="baselines: use only the first trajectories; 0: all")
+                       help="baselines: the first ones; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_policy")
     args, given = parse_flags(parser)

@@ -1,10 +1,8 @@
 """metrics.json and the table that evaluate.py prints."""
-import json
 from pathlib import Path
 
 from colbench.env.evidence import evidence, evidence_remarks
-from colbench.run.files import write_aside
-from colbench.run.settings import hide_password, read_json
+from colbench.run.settings import hide_password, read_json, write_json
 
 
 def write_metrics(args, env, by_policy: dict[str, list[dict]], tasks: list[dict]) -> dict:
@@ -17,8 +15,7 @@ def write_metrics(args, env, by_policy: dict[str, list[dict]], tasks: list[dict]
     settings = {name: str(value) if isinstance(value, Path) else hide_password(value)
                 for name, value in vars(args).items() if name != "names"}
     settings["policies"] = [hide_password(policy) for policy in args.policies]
-    text = json.dumps({"settings": settings, **evaluation}, indent=1) + "\n"
-    write_aside(args.metrics, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(args.metrics, {"settings": settings, **evaluation})
     return evaluation
 
 
