@@ -185,7 +185,7 @@ def train(args, accelerator, model, tokenizer, examples: list[Example], nats) ->
     training_mode(model)
     bar = tqdm(range(first_step, n_steps), initial=first_step, total=n_steps, desc=output.name,
                disable=not accelerator.is_main_process)
-    log = StepLog(accelerator, output, bar, nats)
+    log = StepLog(accelerator, output, bar, first_step, nats)
 
     for step in bar:
         batch, n_pairs = batch_of(examples, step, args, accelerator)

@@ -61,8 +61,8 @@ def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> Non
 
     If `output` was begun by an earlier call (or by its shards), its flags stay; one line on stderr
     names those that differ now. free: more flags that may differ. refuse: raise UserError instead,
-    for results that would otherwise be reported under flags they were not made with. A string
-    replaces `output` in the message.
+    for results that would otherwise be reported under flags they were not made with. A path is
+    named in place of `output`.
     """
     path = settings_file(output)
     now = {name: hide_password(value) for name, value in vars(args).items()
@@ -76,14 +76,14 @@ def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> Non
                       for name in now if name in earlier and earlier[name] != now[name]]
     differing = "; ".join(dict.fromkeys(differing))
     if differing and refuse:
-        what = refuse if isinstance(refuse, str) else output
-        raise UserError(f"{what} was begun with {differing}: choose another --run, or delete it to "
+        what = output if refuse is True else refuse
+        raise UserError(f"{what}: made with {differing}; choose another --run, or delete it to "
                         "start over")
     if not begun or not path.exists():
         write_json(path, now)
     if differing:
-        print(f"warning: {output} was begun with {differing}: it stays as it is; choose another "
-              "--run, or delete it to start over", file=sys.stderr)
+        print(f"warning: {output}: made with {differing}; it stays as it is; choose another --run, "
+              "or delete it to start over", file=sys.stderr)
 
 
 def refuse_other(path: Path, args, names: list[str], what: str) -> None:

@@ -58,11 +58,11 @@ class StepLog:
     has "margin/nats", and a fall of the chosen messages' log-probs is reported.
     """
 
-    def __init__(self, accelerator, output: Path, bar, nats: tuple[float, float] | None = None):
-        """output: what is trained; the log is OUTPUT_log.jsonl. bar: tqdm's, at the first step.
+    def __init__(self, accelerator, output: Path, bar, first_step: int,
+                 nats: tuple[float, float] | None = None):
+        """output: what is trained; the log is OUTPUT_log.jsonl. bar: tqdm's.
 
-        After a resume the lines from the first step on are dropped, because those steps are
-        repeated."""
+        Lines from first_step on are dropped: a resumed run repeats those steps."""
         self.accelerator, self.bar, self.nats = accelerator, bar, nats
         self.path = output.with_name(output.name + "_log.jsonl")
         self.sums, self.count, self.tokens, self.since = {}, 0, 0, time.time()
@@ -70,7 +70,7 @@ class StepLog:
         self.log_ratios, self.warned = [], False
         if not accelerator.is_main_process:
             return
-        rows = [row for row in repair_jsonl(self.path, LOG) if row["step"] < bar.initial]
+        rows = [row for row in repair_jsonl(self.path, LOG) if row["step"] < first_step]
         if rows:
             self.skipped = rows[-1].get("skipped", 0)
 
@@ -189,7 +189,7 @@ def load_checkpoint(output: Path, model, optimizer, schedule, args, data) -> int
     other flags or data."""
     if checkpoint_path(output).exists():
         keep_settings(output, args, begun=True,
-                      refuse=f"{checkpoint_path(output)}: its training")
+                      refuse=checkpoint_path(output))
     for path in (checkpoint_path(output), previous(checkpoint_path(output))):
         state = read_checkpoint(path)
         if state is None:

@@ -123,7 +123,7 @@ def train(args, accelerator, critic: Critic, pairs: list, turns: dict) -> None:
     training_plan(accelerator, args, output, model, examples, n_steps, first_step)
     training_mode(model)
     bar = tqdm(range(first_step, n_steps), initial=first_step, total=n_steps, desc=output.name)
-    log = StepLog(accelerator, output, bar)
+    log = StepLog(accelerator, output, bar, first_step)
 
     for step in bar:
         epoch, place = divmod(step, steps_per_epoch)
