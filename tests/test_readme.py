@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL = [ROOT / folder / "README.md" for folder in (".", "colbench", "colbench/env/frontend", "tests")]
 NAMES = {  # what the table of places says -> what the line defines
-    "c enters": "with_hidden_info", "c is taken away": "without_hidden_info", "agent's prompt": "prompt_messages",
+    "c enters": "with_hidden_info", "which holds c, is dropped": "without_hidden_info", "agent's prompt": "prompt_messages",
     "searched for traces of c": "test_hidden_info_reaches_neither_agent_nor_policy",
     "advantage of a message": "advantage", "critic's loss": "critic_loss", "pairs of trajectories": "trajectory_pairs",
     "pairs of candidates": "policy_pairs", "policy's loss": "policy_loss", "rejection fine-tuning": "imitation_loss"}
