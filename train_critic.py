@@ -1,260 +1,369 @@
-"""Stage 2 of SWEET-RL: train the turn-level critic, which MAY see the hidden reference, and rank candidates.
+"""Stage 2 of SWEET-RL: train the turn-level critic, which MAY see the hidden information c, and
+rank the candidate messages with it.
 
-    python train_critic.py                                   # embedded default, a minute: runs/tiny/critic
-    python train_critic.py --preset llama                    # 4-bit Llama-3.1-8B; PRESETS says what differs
-    accelerate launch --num_processes 2 train_critic.py ...  # data parallel, on two GPUs
+    python train_critic.py                                   # embedded model: runs/tiny/critic
+    python train_critic.py --preset llama                    # 4-bit Llama-3.1-8B
+    accelerate launch --num_processes 2 train_critic.py ...  # data parallel on two GPUs
 
-The critic is a language model itself: the advantage of a message is how much likelier the critic finds it
-than the base model does, per token, both reading the reference c in their prompt (paper, section 4.1; o: the
-dialogue so far; a: a message, L tokens long with its end-of-turn token):
+The critic is itself a language model. The advantage of a message is how much likelier the critic
+finds it than the base model does, per token, when both read c in their prompt (paper, section 4.1;
+o: the dialogue so far; a: the agent's message, L tokens with its end-of-turn token):
 
     (1)  A_θ(o, a, c) = 1/L Σ_l [ log π_θ(a^l | c, o, a^<l) − log π_ref(a^l | c, o, a^<l) ]
 
-It is learned from whole trajectories only, Bradley-Terry on pairs of one task with r(τ+) > r(τ−):
+Only whole trajectories have a reward, so θ is learned from pairs of trajectories of one task with
+r(τ+) > r(τ−), by the Bradley-Terry loss
 
     (2)  J(θ) = −log σ( β Σ_t A_θ(o_t+, a_t+, c) − β Σ_t A_θ(o_t−, a_t−, c) ) + w · NLL(τ+)
 
-with β = 0.1 and w = 0.01 in the paper, NLL a mean over tokens. How to choose them for another model: a pair
-stops pulling at a margin of about 3/β. This should be less than the messages of a trajectory hold, Σ_t of
-−log π_ref a token, which the plan prints: else all messages become unlikely, long useless ones least of all,
-which then outrank short useful ones. If log_ratio/chosen in the log falls far below 0 all the same, raise w;
-a line warns of it.
+NLL is the mean of −log π_θ over the agent's tokens. A step takes the mean of (2) over its pairs.
 
-c enters through one function, with_hidden_info in colbench/env/hidden_info.py, which appends it to the system
-message: for training in load_pairs below, for ranking in colbench/train/ranking.py. There without_hidden_info
-takes it away again, before a state is written for stage 3.
+How to choose β and w for another model (the paper has 0.1 and 0.01): a pair stops pulling once its
+margin, the difference of the two sums, passes about 3/β. This must be less than what a trajectory
+holds (the plan prints it in nats). Otherwise all messages become unlikely, long useless ones least,
+and those then outrank short useful ones. If log_ratio/chosen in the log falls far below 0, raise w.
 
-Other critics, by --critic: `regression`, A_θ = a linear head on the message's mean last hidden state,
-trained by (2) without NLL; `value`, the same head as success probability, trained by binary cross-entropy
-on every turn; and four that need no training: `untrained`, log-ratio of the base model with c to itself
-without; `random`, numbers at random: what stage 3 does without a critic; `judge`, the base model is asked
-which of two messages is better; `rollout`, the dialogue is played on from each candidate and the rewards
-are averaged (colbench/train/judges.py).
+c enters every prompt of the critic through with_hidden_info (colbench/env/hidden_info.py), which
+appends it to the system message: in load_examples to train, in advantages to rank. What stage 3
+reads passes through without_hidden_info, in rank.
 
-Reads RUN/trajectories.jsonl. Writes RUN/critic/ (a PEFT adapter), RUN/critic_log.jsonl (a line a step),
-RUN/critic_ref_logps.jsonl (log π_ref, a cache) and RUN/preferences.jsonl: a line a state with messages,
-candidates and their advantages. Interrupted, the same command goes on.
+Other critics (colbench/train/): `regression`, A_θ is a linear head on the message's mean last
+hidden state, trained by (2) without NLL; `value`, the same head predicts success at every turn.
+Without training: `untrained`, log-ratio of the base model with c to itself without; `random`, a
+control; `judge`, the base model compares messages; `rollout`, dialogues are played to their end.
+
+Reads RUN/trajectories.jsonl. Writes RUN/critic/ (a PEFT adapter), RUN/critic_log.jsonl (one line
+per step), RUN/critic_ref_logps.jsonl (log π_ref, a cache) and RUN/preferences.jsonl (one line per
+state: dialogue, candidates, advantages). Repeat the command to resume.
 """
 import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
+import math
 import random
-from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from colbench.env.data import load_trajectories, of_first_tasks
-from colbench.env.dialogue import MAX_TURNS, prompt_messages
-from colbench.env.flags import at_least_one, parse_flags, played_with, refuse_unused, script_parser
-from colbench.env.hidden_info import with_hidden_info
-from colbench.lm.adapters import adapters_off, add_lora
+from colbench.env.dialogue import whole_dialogue
+from colbench.env.flags import at_least_one, parse_flags, print_settings, script_parser
+from colbench.env.hidden_info import with_hidden_info, without_hidden_info
+from colbench.lm.adapters import adapters_off, add_lora, training_mode
 from colbench.lm.load import context_length, load_model, load_tokenizer, prepare_machine
-from colbench.lm.logps import dialogue_tree, message_logps, message_means, pack, tree_tokens
+from colbench.lm.logps import Tree, dialogue_tree, message_logps, pack, tree_tokens
 from colbench.run.errors import UserError, run_main
-from colbench.run.files import seed_of
-from colbench.train.heads import value_head
-from colbench.train.loop import Training, add_training_flags, start_accelerator
-from colbench.train.ranking import TRAINED, UNTRAINED, critic_to_do, rank, score_candidates
+from colbench.run.files import append_jsonl, seed_of
+from colbench.run.settings import next_step
+from colbench.train.critics import (TRAINED, UNTRAINED, check_critic_flags, other_critic,
+                                    per_candidate, state_key)
+from colbench.train.heads import HEADS, head_loss, message_values, value_head
+from colbench.train.loop import (DIVERGED, OUT_OF_MEMORY, StepLog, add_training_flags,
+                                 load_checkpoint, save_checkpoint, save_trained)
 from colbench.train.ref_logps import cached_ref_logps
+from colbench.train.start import (begin_ranking, critic_to_do, linear_schedule, start_accelerator,
+                                  training_plan)
 
 PRESETS = {
-    "tiny": dict(  # the embedded model on the bundled mini benchmark
-        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False, learning_rate=3e-4,
-        epochs=2, batch_size=8, beta=3.0, nll_weight=0.3, pairs_per_task=6, tokens_per_step=384,
-        max_tokens=1024),
-    "llama": dict(  # the paper's, but for 4-bit LoRA with its learning rate, and β and w by the rule above
+    "tiny": dict(  # the embedded model on the bundled mini benchmark, on a CPU
+        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False,
+        learning_rate=3e-4, epochs=2, batch_size=8,  # pairs per step
+        beta=3.0, nll_weight=0.3,  # β and w of (2)
+        pairs_per_task=6,  # at most; 0: all
+        tokens_per_step=384, max_tokens=1024),  # in one forward pass; of one trajectory
+    "llama": dict(  # the paper's, except for 4-bit LoRA with its learning rate, and β, w (above)
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
-        gradient_checkpointing=True,  # activations twice: less memory, slower
-        learning_rate=5e-5, epochs=4, batch_size=8, beta=3.0, nll_weight=0.3, pairs_per_task=0,
-        tokens_per_step=8192, max_tokens=8192),
+        gradient_checkpointing=True,  # less memory, slower
+        learning_rate=5e-5, epochs=4, batch_size=8,
+        beta=3.0, nll_weight=0.3, pairs_per_task=0, tokens_per_step=8192, max_tokens=8192),
 }
 
 
-def advantage(logps: torch.Tensor, ref_logps: torch.Tensor, length_norm: bool = True) -> torch.Tensor:
-    """(1): the mean log-ratio over the L tokens of a message, end-of-turn token included. Both (L,)."""
-    return (logps - ref_logps).mean() if length_norm else (logps - ref_logps).sum()
+# ---- formulas
+
+def advantage(logps: torch.Tensor, ref_logps: torch.Tensor, length_norm: bool = True):
+    """(1): mean log-ratio over the L tokens of a message. logps, ref_logps: (L,) -> scalar.
+
+    evaluate.py and its report use mean_log_ratio in colbench/train/critics.py: change both."""
+    log_ratio = logps - ref_logps
+    if not length_norm:
+        return log_ratio.sum()
+    return log_ratio.mean()
 
 
-def trajectory_score(logps, ref_logps, score: str = "turn-mean") -> torch.Tensor:
-    """Σ_t A_θ(o_t, a_t, c) of (2), for lists over turns t of (L_t,) log-probs. By flag one sum
-    (--no-length-norm) or one mean (--official) over all agent tokens of the trajectory."""
+def trajectory_score(logps: list, ref_logps: list, score: str = "turn-mean") -> torch.Tensor:
+    """Σ_t A_θ(o_t, a_t, c) of (2). logps, ref_logps: lists over turns t of (L_t,) -> scalar.
+
+    score: "turn-mean", or over all tokens "sum" (--no-length-norm), "trajectory-mean" (--official).
+    """
     if score == "turn-mean":
-        return sum(advantage(turn, ref) for turn, ref in zip(logps, ref_logps))
-    return advantage(torch.cat(logps), torch.cat(ref_logps), length_norm=score == "trajectory-mean")
+        return sum(advantage(turn, ref_turn) for turn, ref_turn in zip(logps, ref_logps))
+    return advantage(torch.cat(logps), torch.cat(ref_logps), score == "trajectory-mean")
 
 
-def critic_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll_weight, score: str = "turn-mean"):
-    """(2) for one pair τ+, τ−; each a list over turns t of (L_t,) log-probs. (loss, Σ_t A(τ+), Σ_t A(τ−))."""
-    score_chosen = trajectory_score(chosen, ref_chosen, score)  # Σ_t A_θ(o_t+, a_t+, c)
-    score_rejected = trajectory_score(rejected, ref_rejected, score)  # Σ_t A_θ(o_t−, a_t−, c)
-    nll = -torch.cat(chosen).mean()  # over all agent tokens of τ+
-    loss = -F.logsigmoid(beta * (score_chosen - score_rejected)) + nll_weight * nll
-    return loss, score_chosen, score_rejected
+def critic_loss(chosen_logps: list, rejected_logps: list, ref_chosen_logps: list,
+                ref_rejected_logps: list, beta: float, nll_weight: float, score: str = "turn-mean"):
+    """(2) for one pair: lists over turns t of (L_t,) -> (loss, Σ_t A(τ+), Σ_t A(τ−))."""
+    chosen_score = trajectory_score(chosen_logps, ref_chosen_logps, score)
+    rejected_score = trajectory_score(rejected_logps, ref_rejected_logps, score)
+    nll = -torch.cat(chosen_logps).mean()  # over all agent tokens of τ+
+    loss = -F.logsigmoid(beta * (chosen_score - rejected_score)) + nll_weight * nll
+    return loss, chosen_score, rejected_score
 
 
-def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int, chosen_at_least: float = 0.0):
-    """[(index of τ+, index of τ−)] for all or some of the pairs of one task with r(τ+) > r(τ−); r(τ+) is
-    chosen_at_least or more. As in train_policy.py."""
+def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int,
+                     chosen_at_least: float = 0.0) -> list[tuple[int, int]]:
+    """Pairs (number of τ+, number of τ−) of one task with r(τ+) > r(τ−). As in train_policy.py.
+
+    At most pairs_per_task per task, drawn at random; 0: all."""
     by_task = {}
-    for index, trajectory in enumerate(trajectories):
-        by_task.setdefault(trajectory["id"], []).append(index)
+    for number, trajectory in enumerate(trajectories):
+        by_task.setdefault(trajectory["id"], []).append(number)
     pairs = []
-    for task, indices in by_task.items():
-        reward = {index: trajectories[index]["reward"] for index in indices}
-        of_task = [(a, b) for a in indices for b in indices
+    for task, numbers in by_task.items():
+        reward = {number: trajectories[number]["reward"] for number in numbers}
+        of_task = [(a, b) for a in numbers for b in numbers
                    if reward[a] > reward[b] and reward[a] >= chosen_at_least]
         random.Random(seed_of(seed, task, "pairs")).shuffle(of_task)
         pairs += of_task[:pairs_per_task or None]
     return pairs
 
 
-def score_of(args) -> str:  # which trajectory_score the flags ask for
-    return "sum" if args.no_length_norm else "trajectory-mean" if args.official else "turn-mean"
+# ---- training
+
+@dataclass
+class Example:
+    """Trajectories that one forward pass computes, and the pairs among them."""
+    numbers: tuple  # of the trajectories in the file
+    trees: list[Tree]  # their tokens, and where the agent's messages are
+    rewards: list[float]
+    pairs: list[tuple]  # (place of τ+, place of τ−) in `trees`; value critic: (place,)
+    tokens: int  # of all trees
+    ref_logps: list | None = None  # log π_ref: per trajectory a list over turns of (L_t,)
 
 
-def losses(args, model, trajectories, ref_logps):
-    """(what the critic gives for trees of trajectories, the loss of a pair from it), for the kind of critic.
-    The loss: (scalar, {name in the log: value}). turns: of each trajectory a list over turns."""
-    def bradley_terry(pair, turns):
-        if args.critic == "logprob":
-            ref = ref_logps[pair[0]], ref_logps[pair[1]]
-            loss, chosen, rejected = critic_loss(*turns, *ref, args.beta, args.nll_weight, score_of(args))
-        else:  # regression
-            chosen, rejected = (sum(values) for values in turns)
-            loss = -F.logsigmoid(args.beta * (chosen - rejected))
-        row = {"margin": chosen - rejected, "rewards/accuracies": chosen > rejected,
-               "rewards/chosen": args.beta * chosen, "rewards/rejected": args.beta * rejected,
-               "rewards/margins": args.beta * (chosen - rejected)}
-        if args.critic == "logprob":
-            for side, messages, before in zip(("chosen", "rejected"), turns, ref):
-                logps = row[f"logps/{side}"] = torch.cat(messages).sum()
-                row[f"log_ratio/{side}"] = (logps - torch.cat(before).sum()) / len(messages)  # nats a message
-        return loss, row
-
-    def success_probability(pair, turns):  # V(o_t, a_t, c) of every turn against the success of the whole
-        values = torch.stack(turns[0])
-        success = torch.full_like(values, float(trajectories[pair[0]]["reward"] == 1))
-        loss = F.binary_cross_entropy_with_logits(values, success)
-        return loss, {"rewards/accuracies": ((values > 0) == (success > 0)).float().mean()}
-
-    def by_head(trees):  # per trajectory a list over turns of scalars
-        return [[model.value_head(mean)[0] for mean in tree] for tree in message_means(model, trees)]
-
-    forward = partial(message_logps, model) if args.critic == "logprob" else by_head  # logps: (L_t,) a turn
-    return forward, success_probability if args.critic == "value" else bradley_terry
+def batch_of(examples: list[Example], step: int, args, accelerator):
+    """(this process's examples of a step, number of pairs in the whole batch). Seeded order."""
+    size = args.examples_per_step
+    epoch, place = divmod(step, math.ceil(len(examples) / size))
+    rng = random.Random(seed_of(args.seed, "critic", epoch))
+    batch = rng.sample(examples, len(examples))[place * size:(place + 1) * size]
+    n_pairs = sum(len(example.pairs) for example in batch)
+    return batch[accelerator.process_index::accelerator.num_processes], n_pairs
 
 
-def train(args, accelerator, model, reference, reference_logps, tokenizer, trajectories, pairs, trees):
-    """The loop: batches of pairs in a seeded order, (2), AdamW. Writes RUN/critic."""
-    ref_logps = nats = None
-    if args.critic == "logprob":  # log π_ref, kept on disk: {trajectory: list over turns of (L_t,)}
-        path, all_trees = args.critic_folder.with_name("critic_ref_logps.jsonl"), list(trees.values())
-        found = cached_ref_logps(accelerator, path, reference, all_trees, args.tokens_per_step, reference_logps)
-        ref_logps = dict(zip(trees, found))
-        whole = [trajectory_score([0 * turn for turn in t], t, score_of(args)).item() for t in found]
-        messages = [-turn.sum().item() for turns in found for turn in turns]
-        nats = sum(messages) / len(messages), sum(whole) / len(whole)  # of a message; of τ as (2) counts
-    forward, loss_of = losses(args, model, trajectories, ref_logps)
-    sizes = [sum(tree_tokens(trees[i]) for i in pair) for pair in pairs]
+def pair_loss(args, example: Example, pair: tuple, turns: list):
+    """(the loss of a pair, {name in the log: value}). turns: per trajectory a list of (L_t,)."""
+    if args.critic in HEADS:
+        return head_loss(args.critic, turns, pair, example.rewards, args.beta)
+    chosen, rejected = pair
+    ref_logps = example.ref_logps
+    loss, chosen_score, rejected_score = critic_loss(
+        turns[chosen], turns[rejected], ref_logps[chosen], ref_logps[rejected],
+        args.beta, args.nll_weight, args.score)
+    margin = chosen_score - rejected_score  # nats, without β
+    metrics = {"margin": margin, "rewards/accuracies": chosen_score > rejected_score,
+               "rewards/chosen": args.beta * chosen_score,
+               "rewards/rejected": args.beta * rejected_score,
+               "rewards/margins": args.beta * margin}
+    for side, number in (("chosen", chosen), ("rejected", rejected)):
+        logps = torch.cat(turns[number]).sum()
+        log_ratio = logps - torch.cat(ref_logps[number]).sum()
+        metrics[f"logps/{side}"] = logps
+        metrics[f"log_ratio/{side}"] = log_ratio / len(turns[number])  # nats per message
+    return loss, metrics
+
+
+def train(args, accelerator, model, tokenizer, examples: list[Example], nats) -> None:
+    """Minimise (2) with AdamW. Writes RUN/critic. nats: as in StepLog."""
+    forward = message_values if args.critic in HEADS else message_logps
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    training = Training(accelerator, args, args.critic_folder, model, optimizer, weights=[1] * len(pairs),
-                        per_step=args.batch_size, data=seed_of(pairs, trees), tokens=sum(sizes), nats=nats,
-                        unit=f"{args.batch_size} of {len(pairs)} {examples(args)}")
-    for step in training.steps():
-        batch, weight = training.batch(step)  # this process's pairs, and what one weighs in the batch's mean
-        for group in pack([sizes[k] for k in batch], args.tokens_per_step):  # what fits into one forward pass
-            group = [batch[place] for place in group]
+    n_steps = args.epochs * math.ceil(len(examples) / args.examples_per_step)
+    schedule = linear_schedule(optimizer, n_steps)  # 10 % warm-up, then down to 0
+    data = seed_of([[e.trees, e.rewards] for e in examples])  # resume on the same data only
+    output = args.critic_folder
+    first_step = load_checkpoint(output, model, optimizer, schedule, args, data)
+    training_plan(accelerator, args, output, model, examples, n_steps, first_step, nats)
+    training_mode(model)
+    bar = tqdm(range(first_step, n_steps), initial=first_step, total=n_steps, desc=output.name,
+               disable=not accelerator.is_main_process)
+    log = StepLog(accelerator, output, bar, first_step, nats)
+
+    for step in bar:
+        batch, n_pairs = batch_of(examples, step, args, accelerator)
+        weight = accelerator.num_processes / n_pairs  # of a pair; processes are averaged below
+        for micro_batch in pack([example.tokens for example in batch], args.tokens_per_step):
+            micro_batch = [batch[k] for k in micro_batch]  # what fits into one forward pass
+            trees = [tree for example in micro_batch for tree in example.trees]
             with accelerator.autocast():
-                turns = iter(forward([trees[i] for k in group for i in pairs[k]]))  # one row, no padding
+                outputs = iter(forward(model, trees))  # per trajectory a list over turns of (L_t,)
             total = 0.0
-            for k in group:
-                loss, row = loss_of(pairs[k], [next(turns) for _ in pairs[k]])
-                total = total + weight * loss
-                training.log.add(sizes[k], loss=loss, **row)
+            for example in micro_batch:
+                turns = [next(outputs) for _ in example.trees]
+                for pair in example.pairs:
+                    loss, metrics = pair_loss(args, example, pair, turns)
+                    total = total + weight * loss
+                    log.add(example.tokens / len(example.pairs), loss=loss, **metrics)
             accelerator.backward(total)
-        if training.clip(1.0):  # False: a NaN or an infinity somewhere, this step is left out
-            optimizer.step()
-        training.end_step(step)  # learning rate, log line, checkpoint
-    training.save(tokenizer)
+
+        for parameter in trained:  # average over the processes
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+        grad_norm = accelerator.clip_grad_norm_(trained, max_norm=1.0).item()
+        means = log.means()  # of loss and metrics, over the pairs of all processes
+        if math.isfinite(means["loss"]) and math.isfinite(grad_norm):
+            optimizer.step()  # otherwise this batch is skipped
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+        optimizer.zero_grad()
+
+        log.write(step, means, grad_norm, learning_rate)
+        diverged = log.skipped_in_a_row == 5
+        if diverged or (step + 1) % args.save_every == 0:
+            save_checkpoint(accelerator, output, model, optimizer, schedule, step + 1, data)
+        if diverged:
+            raise UserError(f"step {step}: {DIVERGED}")
+    save_trained(accelerator, output, model, tokenizer, vars(args))
 
 
-def examples(args) -> str:
-    """What a batch holds, for people. The value function learns from single trajectories."""
-    return "trajectories" if args.critic == "value" else "pairs"
+# ---- ranking
+
+def advantages(args, states: list[dict], tokenizer, model, base_logps) -> list[list[float]]:
+    """A_θ(o, a, c) of every candidate of every state; [] for a state longer than --max-tokens."""
+    without_c = [state["messages"] for state in states]
+    with_c = [with_hidden_info(state["messages"], state["task"]["ground_truth"])
+              for state in states]
+    prompts = without_c if args.no_hidden_info else with_c
+    ref_prompts = without_c if args.official else prompts
+    candidates = [state["candidates"] for state in states]
+    limits = args.max_tokens, args.tokens_per_step
+    logps = per_candidate(partial(message_logps, model), tokenizer, prompts, candidates, *limits)
+    ref_logps = per_candidate(base_logps, tokenizer, ref_prompts, candidates, *limits)
+    return [[advantage(*pair, length_norm=not args.no_length_norm).item()
+             for pair in zip(*of_state)] for of_state in zip(logps, ref_logps)]
 
 
-def load_pairs(args, environment, tokenizer):
-    """Trajectories, their pairs, and the tree (tokens, spans of the agent's turns) of each one in a pair."""
+def rank(args, accelerator, environment, score) -> None:
+    """Append a line per unranked state to preferences.jsonl. score: states -> advantages."""
+    states = begin_ranking(args, accelerator, environment)
+    left_out = 0
+    for start in tqdm(range(0, len(states), 16), desc="ranking", unit="16 states",
+                      disable=not accelerator.is_main_process):
+        chunk = states[start:start + 16]  # the processes share it
+        mine = chunk[accelerator.process_index::accelerator.num_processes]
+        with torch.no_grad(), accelerator.autocast():
+            scores = score(mine)
+        rows = [without_hidden_info(state) | {"advantages": values}
+                for state, values in zip(mine, scores)]
+        for row in sorted(gather_object(rows), key=state_key):  # any number of processes: one order
+            if not row["advantages"]:
+                row.update(candidates=[], left_out="longer than --max-tokens")
+                left_out += 1
+            if accelerator.is_main_process:
+                append_jsonl(args.preferences, row)
+    if accelerator.is_main_process:
+        print(f"{args.preferences}: {len(states) - left_out} states ranked, {left_out} too long")
+        print(next_step("train_policy.py", args))
+
+
+# ---- loading
+
+def load_examples(args, environment, tokenizer) -> list[Example]:
+    """One example per pair of trajectories (value critic: per trajectory), without ref_logps."""
     everything = load_trajectories(args.trajectories, environment.check_task, scored=True)
-    for trajectory in everything:
-        trajectory.setdefault("system", environment.prompt.replace("{max_turns}", str(MAX_TURNS)))
-    trajectories = [t for t in of_first_tasks(everything, args.max_trajectories) if "reward" in t]
-    if args.critic == "value":
-        pairs = [(index,) for index in range(len(trajectories))]
-    else:
-        pairs = trajectory_pairs(trajectories, args.pairs_per_task, args.seed, float(args.official))
-    if not pairs:
-        rewards = sorted({round(t["reward"], 3) for t in trajectories})
-        wanted = ", one of 1 (--official)" * args.official
-        raise UserError(f"{args.trajectories}: no pair to learn from: no task has two trajectories of "
-                        f"different reward{wanted} ({len(trajectories)} trajectories, rewards {rewards[:5]})"
-                        "; collect more with a larger --k or more tasks")
+    trajectories = [trajectory for trajectory in of_first_tasks(everything, args.max_trajectories)
+                    if "reward" in trajectory]  # those without one failed
+    rewards = [trajectory["reward"] for trajectory in trajectories]
+    pairs = [(number,) for number in range(len(trajectories))]
+    if args.critic != "value":
+        chosen_at_least = 1.0 if args.official else 0.0
+        pairs = trajectory_pairs(trajectories, args.pairs_per_task, args.seed, chosen_at_least)
     trees = {}
-    for index in sorted({index for pair in pairs for index in pair}):
-        t = trajectories[index]
-        messages = prompt_messages(t["system"], t["dialogue_history"])
+    for number in {number for pair in pairs for number in pair}:
+        messages = whole_dialogue(trajectories[number], environment.prompt)
         if not args.no_hidden_info:
-            messages = with_hidden_info(messages, t["task"]["ground_truth"])  # the critic reads c
-        trees[index] = dialogue_tree(tokenizer, messages)
-    fitting = [pair for pair in pairs if all(tree_tokens(trees[index]) <= args.max_tokens for index in pair)]
-    if not fitting:
-        raise UserError(f"{args.trajectories}: every pair is longer than --max-tokens {args.max_tokens}")
-    tasks = {trajectories[pair[0]]["id"] for pair in fitting}
-    left_out = len(pairs) - len(fitting)
-    print(f"{len(fitting)} {examples(args)} of {len(tasks)} tasks; {left_out} left out for their length")
-    return trajectories, fitting, trees
+            messages = with_hidden_info(messages, trajectories[number]["task"]["ground_truth"])
+        trees[number] = dialogue_tree(tokenizer, messages)
+    examples = []
+    for pair in pairs:
+        own_trees = [trees[number] for number in pair]
+        sizes = [tree_tokens(tree) for tree in own_trees]
+        if max(sizes) <= args.max_tokens:
+            places = tuple(range(len(pair)))
+            own_rewards = [rewards[number] for number in pair]
+            examples.append(Example(pair, own_trees, own_rewards, [places], sum(sizes)))
+    left_out = f"{len(pairs) - len(examples)} left out for more than {args.max_tokens} tokens"
+    if not examples:
+        raise UserError(f"{args.trajectories}: no pair to learn from among {len(trajectories)} "
+                        "trajectories: a pair is two of one task with different rewards "
+                        f"(--official: one of 1); {left_out} (--max-tokens); collect more with a "
+                        "larger --k or more tasks")
+    print(f"{len(examples)} pairs of trajectories; {left_out}")
+    return examples
+
+
+def add_ref_logps(args, accelerator, examples: list[Example], base_model, base_logps):
+    """Fill in ref_logps. Returns the mean −log π_ref of a message, and of a τ as (2) counts it."""
+    trees = {n: tree for e in examples for n, tree in zip(e.numbers, e.trees)}
+    trees = dict(sorted(trees.items()))
+    path = args.critic_folder.with_name("critic_ref_logps.jsonl")
+    logps = cached_ref_logps(accelerator, path, base_model, list(trees.values()),
+                             args.tokens_per_step, base_logps)
+    ref_logps = dict(zip(trees, logps))
+    for example in examples:
+        example.ref_logps = [ref_logps[number] for number in example.numbers]
+    messages = [-turn.sum().item() for turns in logps for turn in turns]
+    zeros = [[torch.zeros_like(turn) for turn in turns] for turns in logps]
+    scores = [trajectory_score(zero, turns, args.score).item() for zero, turns in zip(zeros, logps)]
+    return sum(messages) / len(messages), sum(scores) / len(scores)
 
 
 def main():
     prepare_machine()
     args, environment = parse_args()
     accelerator = start_accelerator(args.critic_folder)
-    todo = critic_to_do(args, environment)  # "train" and rank, "rank", or None; refuses another's run
+    todo = critic_to_do(args, environment)  # "train" (and rank), "rank", or None
     if not todo:
         return
-    if args.vision_critic:
-        from colbench.train.vision_critic import train_and_rank  # (2) on pictures
-        return train_and_rank(args, accelerator, environment, trajectory_pairs, todo)
+    if args.vision_critic:  # (2) on pictures
+        from colbench.train.vision_critic import train_and_rank
+        return train_and_rank(args, accelerator, environment, todo, trajectory_pairs, rank)
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
-    data = load_pairs(args, environment, tokenizer) if todo == "train" else ()
+    examples = load_examples(args, environment, tokenizer) if todo == "train" else None
     adapter = str(args.critic_folder) if args.critic in TRAINED and todo == "rank" else None
     model = load_model(args.model, args.load_in_4bit, accelerator.device, adapter)
     if todo == "train":
         torch.manual_seed(args.seed)  # LoRA's A matrices start at random
         model = add_lora(model, args.lora_rank, args.gradient_checkpointing)
-    if args.critic in ("regression", "value"):
+    if args.critic in HEADS:
         model.value_head = value_head(model, adapter)
-    # π_ref: the same weights with adapters off; only full fine-tuning needs a second copy
-    reference = model
-    if not args.lora_rank and args.critic in TRAINED:
-        reference = load_model(args.model, args.load_in_4bit, accelerator.device)
+    base_model = model  # with its adapters off; only full fine-tuning needs a second model
+    if args.critic in TRAINED and not args.lora_rank:
+        base_model = load_model(args.model, args.load_in_4bit, accelerator.device)
 
-    def reference_logps(trees):
-        with torch.no_grad(), accelerator.autocast(), adapters_off(reference):
-            return message_logps(reference, trees)
+    def base_logps(trees):  # log π_ref
+        with torch.no_grad(), accelerator.autocast(), adapters_off(base_model):
+            return message_logps(base_model, trees)
 
     if todo == "train":
-        train(args, accelerator, model, reference, reference_logps, tokenizer, *data)
+        nats = None
+        if args.critic == "logprob":
+            nats = add_ref_logps(args, accelerator, examples, base_model, base_logps)
+        train(args, accelerator, model, tokenizer, examples, nats)
     model.eval()
-    how = SimpleNamespace(**played_with(args, environment) | vars(args))  # rollouts: as the trajectories were
-    with environment(how, args.run) if args.critic == "rollout" else nullcontext() as playing:
-        rank(args, accelerator, environment, lambda states: score_candidates(
-            how, states, tokenizer, model, reference_logps, advantage, playing))
-    accelerator.end_training()  # the processes part here
+    if args.critic == "logprob":
+        rank(args, accelerator, environment,
+             lambda states: advantages(args, states, tokenizer, model, base_logps))
+    else:
+        with other_critic(args, environment, tokenizer, model, base_logps) as score:
+            rank(args, accelerator, environment, score)
+    accelerator.end_training()
 
 
 def parse_args():
@@ -263,38 +372,29 @@ def parse_args():
     group = parser.add_argument_group("objective")
     group.add_argument("--critic", choices=TRAINED + UNTRAINED, default="logprob", help="see above")
     group.add_argument("--no-hidden-info", action="store_true", help="the critic does not see c")
-    group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum, L times as large")
-    group.add_argument("--official", action="store_true", help="as the released code: a trajectory's score "
-                       "is one mean over its tokens, no NLL, τ+ passes every test, and π_ref ranks without c")
+    group.add_argument("--no-length-norm", action="store_true", help="(1) is a sum over tokens")
+    group.add_argument("--official", action="store_true", help="like the released code: one mean "
+                       "over a trajectory's tokens, no NLL, τ+ passes every test, π_ref ranks "
+                       "without c")
     group.add_argument("--beta", type=float, help="β of (2), see above")
     group.add_argument("--nll-weight", type=float, help="w of (2), the weight of NLL(τ+)")
-    group.add_argument("--pairs-per-task", type=int, help="at most so many, drawn at random; 0: all")
-    group.add_argument("--max-trajectories", type=int, default=0, help="the first so many; 0: all")
+    group.add_argument("--pairs-per-task", type=int, help="at most, drawn at random; 0: all")
+    group.add_argument("--max-trajectories", type=int, default=0, help="the first ones; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_critic")
     args, given = parse_flags(parser)
-    if args.critic != "logprob":
-        refuse_unused(given, f"--critic {args.critic}", "no_length_norm official nll_weight")
-    if args.critic == "value":
-        refuse_unused(given, "--critic value", "beta pairs_per_task")
-    if args.critic in UNTRAINED:
-        refuse_unused(given, f"--critic {args.critic}", "lora_rank beta pairs_per_task learning_rate "
-                      "epochs batch_size save_every" + " no_hidden_info" * (args.critic != "judge"))
-    if args.official:
-        refuse_unused(given, "--official", "no_length_norm nll_weight")
-        args.nll_weight = 0.0
-    if not environment.has_success and (args.critic == "value" or args.official):
-        raise UserError(f"--critic value and --official want answers wholly right: --env {args.env} has none")
+    check_critic_flags(args, given, environment)
     at_least_one(args, "save_every batch_size epochs tokens_per_step max_tokens")
-    args.vision_critic = getattr(args, "vision_critic", None)
-    if args.vision_critic:
-        refuse_unused(given, "--vision-critic", "model no_hidden_info tokens_per_step max_tokens")
-        if args.critic != "regression":
-            raise UserError("--vision-critic wants --critic regression")
+    args.score = "sum" if args.no_length_norm else "turn-mean"  # which trajectory_score
+    if args.official:
+        args.nll_weight, args.score = 0.0, "trajectory-mean"
+    args.examples_per_step = args.batch_size  # an example has one pair
     args.trajectories = args.trajectories or Path(args.run) / "trajectories.jsonl"
-    args.critic_folder, args.preferences = Path(args.run) / "critic", Path(args.run) / "preferences.jsonl"
+    args.critic_folder = Path(args.run) / "critic"
+    args.preferences = Path(args.run) / "preferences.jsonl"
+    print_settings(parser, args)
     return args, environment
 
 
 if __name__ == "__main__":
-    run_main(main, out_of_memory="lower --tokens-per-step (the batch stays what it is) or --max-tokens")
+    run_main(main, out_of_memory=OUT_OF_MEMORY)

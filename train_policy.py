@@ -1,82 +1,109 @@
-"""Stage 3 of SWEET-RL: train the agent, which never sees the reference, on what the critic prefers.
+"""Stage 3 of SWEET-RL: train the agent, which never sees the hidden information c, on the messages
+that the critic prefers.
 
-    python train_policy.py                                   # embedded default: runs/tiny/policy
-    python train_policy.py --preset llama                    # 4-bit Llama-3.1-8B; PRESETS says what differs
-    python train_policy.py --algorithm rft --run runs/rft --trajectories runs/tiny/trajectories.jsonl
-    accelerate launch --num_processes 2 train_policy.py ...  # data parallel, on two GPUs
+    python train_policy.py                                   # embedded model: runs/tiny/policy
+    python train_policy.py --preset llama                    # 4-bit Llama-3.1-8B
+    python train_policy.py --algorithm rft --run runs/rft --trajectories FILE
+    accelerate launch --num_processes 2 train_policy.py ...  # data parallel on two GPUs
 
-At each state (a dialogue so far, o) up to 16 candidate messages are ranked by their advantage A_θ(o, a, c). A
-pair is a random one of the better half, a+, over a random one of the worse half, a−; four pairs a state. Then
-DPO on single turns, without c (paper, section 4.2; log-probs are sums over the tokens of a message):
+At each state (a dialogue so far, o), stage 2 ranked up to 16 candidate messages by their advantage
+A_θ(o, a, c). A pair is a random message of the better half, a+, and one of the worse half, a−; four
+pairs per state. On these single messages the agent is trained by DPO, without c (paper, section
+4.2; log-probs are sums over the tokens of a message):
 
     (3)  J(φ) = −log σ( β′ log π_φ(a+|o)/π_ref(a+|o) − β′ log π_φ(a−|o)/π_ref(a−|o) ) + w · NLL(a+)
 
-with w = 0.01 in the paper, NLL a mean over tokens. How to choose β′ and w for another model: the plan prints
-how many nats (−log π_ref) a message has. (3) stops pulling at a margin of about 3/β′ nats, which should be
-less than that: else it goes on until the chosen messages have become unlikely too (likelihood displacement).
-If log_ratio/chosen in the log falls far below 0 all the same, raise w; a line warns of it. Messages of the
-embedded model have 10 nats, of Llama-3.1-8B probably 30 to 100, to which the paper's β′ = 0.1 belongs.
+NLL is the mean of −log π_φ over the tokens of a+. A step takes the mean of (3) over its pairs.
 
-The baselines need no critic. `multi-turn-dpo` is (3) with all messages of the agent in a trajectory τ+ of
-higher reward as a+, those of a τ− of the same task as a−. `rft`, rejection fine-tuning, is NLL on the agent's
-messages of successful ones:
+How to choose β′ and w for another model (the paper has 0.1 and 0.01): a pair stops pulling once its
+margin, the difference of the two log-ratios, passes about 3/β′. This must be less than the nats of
+a message (−log π_ref; the plan prints it). Otherwise the chosen messages become unlikely too
+(likelihood displacement). If log_ratio/chosen in the log falls far below 0, raise w. Messages of
+the embedded model have 10 nats; those of Llama-3.1-8B probably 30 to 100, which suits β′ = 0.1.
 
-    (4)  J(φ) = −1/L Σ_l log π_φ(a^l | o, a^<l),   all L agent tokens of a τ with r(τ) = 1
+Two baselines need no critic. `multi-turn-dpo` is (3) with all agent messages of a trajectory τ+ as
+a+, and those of a τ− of the same task with a lower reward as a−. `rft`, rejection fine-tuning,
+imitates the agent's messages of the successful trajectories, all L tokens of a τ with r(τ) = 1:
 
-Reads RUN/preferences.jsonl, from which c was taken away (baselines: RUN/trajectories.jsonl; prompts hold the
-dialogue alone). Writes RUN/policy/ (a PEFT adapter), RUN/policy_log.jsonl and RUN/policy_ref_logps.jsonl (log
-π_ref, a cache). Interrupted, the same command goes on.
+    (4)  J(φ) = −1/L Σ_l log π_φ(a^l | o, a^<l)
+
+Reads RUN/preferences.jsonl, which holds no c (baselines: RUN/trajectories.jsonl; their prompts are
+the dialogue alone). Writes RUN/policy/ (a PEFT adapter), RUN/policy_log.jsonl (one line per step)
+and RUN/policy_ref_logps.jsonl (log π_ref, a cache). Repeat the command to resume.
 """
 import colbench  # noqa: F401  isort: skip (first: libraries read variables while they are imported)
 import argparse
+import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from colbench.env.data import load_trajectories, of_first_tasks, state_line
-from colbench.env.dialogue import MAX_TURNS, prompt_messages
-from colbench.env.flags import at_least_one, parse_flags, refuse_unused, script_parser
-from colbench.lm.adapters import adapters_off, add_lora
+from colbench.env.dialogue import whole_dialogue
+from colbench.env.flags import (at_least_one, parse_flags, print_settings, refuse_unused,
+                                script_parser)
+from colbench.lm.adapters import adapters_off, add_lora, training_mode
 from colbench.lm.load import context_length, load_model, load_tokenizer, prepare_machine
 from colbench.lm.logps import Tree, dialogue_tree, message_logps, pack, tree_tokens
 from colbench.lm.tokens import encode_dialogue, end_of_turn, message_ids
 from colbench.run.errors import UserError, run_main
 from colbench.run.files import read_jsonl, seed_of
 from colbench.run.settings import next_step
-from colbench.train.loop import Training, add_training_flags, is_trained, start_accelerator
+from colbench.train.loop import (DIVERGED, OUT_OF_MEMORY, StepLog, add_training_flags,
+                                 load_checkpoint, save_checkpoint, save_trained)
 from colbench.train.ref_logps import cached_ref_logps
+from colbench.train.start import is_trained, linear_schedule, start_accelerator, training_plan
 
 PRESETS = {
-    "tiny": dict(  # the embedded model on the bundled mini benchmark
-        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False, learning_rate=1e-3,
-        epochs=2, batch_size=32, beta=1.0, nll_weight=1.0, pairs_per_task=4,
-        tokens_per_step=384, max_tokens=1024),
-    "llama": dict(  # the paper's, but for 4-bit LoRA and its learning rate
+    "tiny": dict(  # the embedded model on the bundled mini benchmark, on a CPU
+        model="tiny", load_in_4bit=False, lora_rank=32, gradient_checkpointing=False,
+        learning_rate=1e-3, epochs=2, batch_size=32,  # pairs per step
+        beta=1.0, nll_weight=1.0,  # β′ and w of (3)
+        pairs_per_task=4,  # multi-turn DPO: at most; 0: all
+        tokens_per_step=384, max_tokens=1024),  # in one forward pass; of one example
+    "llama": dict(  # the paper's, except for 4-bit LoRA and its learning rate
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
-        gradient_checkpointing=True,  # activations twice: less memory, slower
-        learning_rate=5e-5, epochs=1, batch_size=8, beta=0.1, nll_weight=0.01,
-        pairs_per_task=0, tokens_per_step=8192, max_tokens=8192),
+        gradient_checkpointing=True,  # less memory, slower
+        learning_rate=5e-5, epochs=1, batch_size=8,
+        beta=0.1, nll_weight=0.01, pairs_per_task=0, tokens_per_step=8192, max_tokens=8192),
 }
-BASELINES = {("tiny", "multi-turn-dpo"): dict(batch_size=8, learning_rate=5e-4, beta=0.1, nll_weight=0.3),
-             ("tiny", "rft"): dict(batch_size=8, learning_rate=1e-3, epochs=6)}
+BASELINES = {  # what differs from the preset
+    ("tiny", "multi-turn-dpo"): dict(batch_size=8, learning_rate=5e-4, beta=0.1, nll_weight=0.3),
+    ("tiny", "rft"): dict(batch_size=8, learning_rate=1e-3, epochs=6),
+}
 
 
-def policy_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, nll_weight: float):
-    """(3) for a pair a+, a−: two messages at a state, or all messages of two trajectories. chosen, rejected:
-    (L,) log-probs of their tokens under π_φ, ref_*: the same under π_ref. Returns (loss, β′ log-ratio of a+,
-    that of a−); the latter two are DPO's implicit rewards."""
-    reward_chosen = beta * (chosen - ref_chosen).sum()  # β′ [ log π_φ(a+|o) − log π_ref(a+|o) ]
-    reward_rejected = beta * (rejected - ref_rejected).sum()  # β′ [ log π_φ(a−|o) − log π_ref(a−|o) ]
-    margin, nll = reward_chosen - reward_rejected, -chosen.mean()
-    loss = -F.logsigmoid(margin) + nll_weight * nll
-    return loss, reward_chosen, reward_rejected
+# ---- formulas
+
+def policy_loss(chosen_logps: torch.Tensor, rejected_logps: torch.Tensor,
+                ref_chosen_logps: torch.Tensor, ref_rejected_logps: torch.Tensor,
+                beta: float, nll_weight: float):
+    """(3) for one pair a+, a−: log-probs of their tokens under π_φ and π_ref, each (L,).
+
+    Returns (loss, β′ log-ratio of a+, β′ log-ratio of a−); the latter are DPO's implicit rewards.
+    """
+    chosen_reward = beta * (chosen_logps - ref_chosen_logps).sum()
+    rejected_reward = beta * (rejected_logps - ref_rejected_logps).sum()
+    reward_margin = chosen_reward - rejected_reward
+    nll = -chosen_logps.mean()
+    loss = -F.logsigmoid(reward_margin) + nll_weight * nll
+    return loss, chosen_reward, rejected_reward
+
+
+def imitation_loss(chosen_logps: torch.Tensor) -> torch.Tensor:
+    """(4) for one successful trajectory: log-probs of all agent tokens, (L,) -> scalar."""
+    return -chosen_logps.mean()
 
 
 def policy_pairs(advantages: list[float], rng: random.Random, n: int) -> list[tuple[int, int]]:
-    """n random pairs (chosen, rejected) of candidate numbers at one state, better half over worse half; fewer
-    if it has fewer."""
+    """Up to n random pairs (number of a+, number of a−) of one state's candidates.
+
+    a+ is from the better half, a− from the worse; the middle one of an odd number is in neither.
+    """
     ranked = sorted(range(len(advantages)), key=lambda k: -advantages[k])
     half = len(ranked) // 2
     top, bottom = ranked[:half], ranked[len(ranked) - half:]
@@ -85,150 +112,197 @@ def policy_pairs(advantages: list[float], rng: random.Random, n: int) -> list[tu
 
 
 def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int):
-    """[(index of τ+, index of τ−)] for multi-turn DPO: all or some of the pairs of a task with r(τ+) > r(τ−).
-    As in train_critic.py."""
+    """Pairs (number of τ+, number of τ−) of one task with r(τ+) > r(τ−). As in train_critic.py.
+
+    At most pairs_per_task per task, drawn at random; 0: all."""
     by_task = {}
-    for index, trajectory in enumerate(trajectories):
-        by_task.setdefault(trajectory["id"], []).append(index)
+    for number, trajectory in enumerate(trajectories):
+        by_task.setdefault(trajectory["id"], []).append(number)
     pairs = []
-    for task, indices in by_task.items():
-        reward = {index: trajectories[index]["reward"] for index in indices}
-        of_task = [(a, b) for a in indices for b in indices if reward[a] > reward[b]]
+    for task, numbers in by_task.items():
+        reward = {number: trajectories[number]["reward"] for number in numbers}
+        of_task = [(a, b) for a in numbers for b in numbers if reward[a] > reward[b]]
         random.Random(seed_of(seed, task, "pairs")).shuffle(of_task)
         pairs += of_task[:pairs_per_task or None]
     return pairs
 
 
-def pair_loss(args, chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected):
-    """(3) and what is logged of it, for a pair of messages, or of trajectories of so many. All (L,)."""
-    loss, reward_chosen, reward_rejected = policy_loss(
-        chosen, rejected, ref_chosen, ref_rejected, args.beta, args.nll_weight)
-    chosen, rejected = chosen.sum(), rejected.sum()
-    ratio_chosen, ratio_rejected = chosen - ref_chosen.sum(), rejected - ref_rejected.sum()
-    return loss, {"rewards/accuracies": ratio_chosen > ratio_rejected, "rewards/chosen": reward_chosen,
-                  "rewards/rejected": reward_rejected, "rewards/margins": reward_chosen - reward_rejected,
-                  "margin": ratio_chosen - ratio_rejected,  # without β′, as in the critic's log
-                  "log_ratio/chosen": ratio_chosen / n_chosen,  # a message; a fall is displacement
-                  "log_ratio/rejected": ratio_rejected / n_rejected,
-                  "logps/chosen": chosen, "logps/rejected": rejected}
+# ---- training
+
+@dataclass
+class Example:
+    """Messages that one forward pass computes, and the pairs among them."""
+    trees: list[Tree]  # a state: its prompt, then the messages; baselines: whole dialogues
+    pairs: list[tuple[list[int], list[int]]]  # messages of a+ and of a−, numbered over all trees
+    tokens: int  # of all trees
+    ref_logps: list | None = None  # log π_ref: per message (L,)
 
 
-def imitation_loss(args, chosen, *_):
-    """(4) for one successful trajectory, chosen: (L,)."""
-    return -chosen.mean(), {"logps/chosen": chosen.sum()}
+def batch_of(examples: list[Example], step: int, args, accelerator):
+    """(this process's examples of a step, number of pairs in the whole batch). Seeded order."""
+    size = args.examples_per_step
+    epoch, place = divmod(step, math.ceil(len(examples) / size))
+    rng = random.Random(seed_of(args.seed, "policy", epoch))
+    batch = rng.sample(examples, len(examples))[place * size:(place + 1) * size]
+    n_pairs = sum(len(example.pairs) for example in batch)
+    return batch[accelerator.process_index::accelerator.num_processes], n_pairs
 
 
-def joined(logps, numbers):
-    """The (L,) log-probs of the tokens of some messages, one behind the other; None for none."""
-    return torch.cat([logps[k] for k in numbers]) if logps and numbers else None
+def pair_loss(args, example: Example, pair: tuple, logps: list[torch.Tensor]):
+    """(the loss of a pair, {name in the log: value}). logps: per message of the example (L,)."""
+    chosen, rejected = pair
+    chosen_logps = torch.cat([logps[k] for k in chosen])
+    if args.algorithm == "rft":
+        return imitation_loss(chosen_logps), {"logps/chosen": chosen_logps.sum()}
+    rejected_logps = torch.cat([logps[k] for k in rejected])
+    ref_chosen_logps = torch.cat([example.ref_logps[k] for k in chosen])
+    ref_rejected_logps = torch.cat([example.ref_logps[k] for k in rejected])
+    loss, chosen_reward, rejected_reward = policy_loss(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
+        args.beta, args.nll_weight)
+    chosen_log_ratio = chosen_logps.sum() - ref_chosen_logps.sum()
+    rejected_log_ratio = rejected_logps.sum() - ref_rejected_logps.sum()
+    return loss, {
+        "margin": chosen_log_ratio - rejected_log_ratio,  # nats, without β′
+        "rewards/accuracies": chosen_log_ratio > rejected_log_ratio,
+        "rewards/chosen": chosen_reward, "rewards/rejected": rejected_reward,
+        "rewards/margins": chosen_reward - rejected_reward,
+        "logps/chosen": chosen_logps.sum(), "logps/rejected": rejected_logps.sum(),
+        "log_ratio/chosen": chosen_log_ratio / len(chosen),  # nats per message
+        "log_ratio/rejected": rejected_log_ratio / len(rejected)}
 
 
-def train(args, accelerator, model, tokenizer, units):
-    """The loop: a unit is a state with its pairs (or a pair of trajectories, or one). Writes RUN/policy."""
-    def reference_logps(trees):  # π_ref: the weights with adapters off, or all weights before the first step
-        with torch.no_grad(), accelerator.autocast(), adapters_off(model):
-            return message_logps(model, trees)
-
-    loss_of = imitation_loss if args.algorithm == "rft" else pair_loss
-    nats = None
-    if args.algorithm != "rft":  # log π_ref, kept on disk: a list over the messages of a unit of (L,)
-        path = args.policy.with_name("policy_ref_logps.jsonl")
-        trees = [tree for unit in units for tree in unit["trees"]]
-        ref = iter(cached_ref_logps(accelerator, path, model, trees, args.tokens_per_step, reference_logps))
-        for unit in units:
-            unit["ref_logps"] = [logps for _ in unit["trees"] for logps in next(ref)]
-        messages = [-logps.sum().item() for unit in units for logps in unit["ref_logps"]]
-        compared = len(messages) if args.algorithm == "sweet" else 2 * len(units)  # messages, or trajectories
-        nats = sum(messages) / len(messages), sum(messages) / compared  # −log π_ref of one, on average
-    sizes = [sum(map(tree_tokens, unit["trees"])) for unit in units]
+def train(args, accelerator, model, tokenizer, examples: list[Example], nats) -> None:
+    """Minimise (3) or (4) with AdamW. Writes RUN/policy. nats: as in StepLog."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    pairs_a_unit = args.pairs_per_state if args.algorithm == "sweet" else 1  # those of a state stay together
-    training = Training(accelerator, args, args.policy, model, optimizer,
-                        weights=[len(unit["pairs"]) for unit in units], tokens=sum(sizes),
-                        per_step=max(1, args.batch_size // pairs_a_unit), unit=f"{args.batch_size} pairs",
-                        nats=nats, data=seed_of([[unit["trees"], unit["pairs"]] for unit in units]))
-    for step in training.steps():
-        batch, weight = training.batch(step)  # this process's units; a pair's weight in the mean
-        for group in pack([sizes[k] for k in batch], args.tokens_per_step):  # what fits into one forward pass
-            group = [batch[place] for place in group]
+    n_steps = args.epochs * math.ceil(len(examples) / args.examples_per_step)
+    schedule = linear_schedule(optimizer, n_steps)  # 10 % warm-up, then down to 0
+    data = seed_of([[e.trees, e.pairs] for e in examples])  # resume on the same data only
+    output = args.policy
+    first_step = load_checkpoint(output, model, optimizer, schedule, args, data)
+    training_plan(accelerator, args, output, model, examples, n_steps, first_step, nats)
+    training_mode(model)
+    bar = tqdm(range(first_step, n_steps), initial=first_step, total=n_steps, desc=output.name,
+               disable=not accelerator.is_main_process)
+    log = StepLog(accelerator, output, bar, first_step, nats)
+
+    for step in bar:
+        batch, n_pairs = batch_of(examples, step, args, accelerator)
+        weight = accelerator.num_processes / n_pairs  # of a pair; processes are averaged below
+        for micro_batch in pack([example.tokens for example in batch], args.tokens_per_step):
+            micro_batch = [batch[k] for k in micro_batch]  # what fits into one forward pass
+            trees = [tree for example in micro_batch for tree in example.trees]
             with accelerator.autocast():
-                # per tree a list over messages of (L,); prompt and distinct messages are computed once
-                logps = iter(message_logps(model, [tree for k in group for tree in units[k]["trees"]]))
+                outputs = iter(message_logps(model, trees))  # per tree a list of (L,)
             total = 0.0
-            for k in group:
-                messages, ref = [m for _ in units[k]["trees"] for m in next(logps)], units[k].get("ref_logps")
-                for a, b in units[k]["pairs"]:  # numbers of the messages: one each, or a whole τ's
-                    chosen, rejected = joined(messages, a), joined(messages, b)  # under π_φ
-                    before = joined(ref, a), joined(ref, b)  # under π_ref
-                    loss, row = loss_of(args, chosen, rejected, *before, len(a), len(b))
+            for example in micro_batch:
+                logps = [message for _ in example.trees for message in next(outputs)]
+                for pair in example.pairs:
+                    loss, metrics = pair_loss(args, example, pair, logps)
                     total = total + weight * loss
-                    training.log.add(sizes[k] / len(units[k]["pairs"]), loss=loss, **row)
+                    log.add(example.tokens / len(example.pairs), loss=loss, **metrics)
             accelerator.backward(total)
-        if training.clip(1.0):  # False: a NaN or an infinity somewhere, this step is left out
-            optimizer.step()
-        training.end_step(step)  # learning rate, log line, checkpoint
-    training.save(tokenizer)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        print(f"{args.policy}: learned by {args.algorithm} from {sum(training.weights)} examples")
-        print(next_step("evaluate.py", args))
+
+        for parameter in trained:  # average over the processes
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+        grad_norm = accelerator.clip_grad_norm_(trained, max_norm=1.0).item()
+        means = log.means()  # of loss and metrics, over the pairs of all processes
+        if math.isfinite(means["loss"]) and math.isfinite(grad_norm):
+            optimizer.step()  # otherwise this batch is skipped
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+        optimizer.zero_grad()
+
+        log.write(step, means, grad_norm, learning_rate)
+        diverged = log.skipped_in_a_row == 5
+        if diverged or (step + 1) % args.save_every == 0:
+            save_checkpoint(accelerator, output, model, optimizer, schedule, step + 1, data)
+        if diverged:
+            raise UserError(f"step {step}: {DIVERGED}")
+    save_trained(accelerator, output, model, tokenizer, vars(args))
 
 
-def load_states(args, _, tokenizer) -> list[dict]:
-    """States with pairs: {"trees": [a prompt with its distinct messages as leaves], "pairs": [([number of
-    a+], [number of a−]), ...]}; the numbers are those of the messages in message_logps' order."""
+# ---- loading
+
+def load_states(args, tokenizer) -> list[Example]:
+    """One example per state: the prompt, computed once, and the messages that are in a pair."""
     rows = [row for row in read_jsonl(args.preferences, state_line) if row["candidates"]]
-    states, end_id, too_long = [], end_of_turn(tokenizer), 0
+    end_id = end_of_turn(tokenizer)
+    examples, too_long = [], 0
     for row in rows:
         rng = random.Random(seed_of(args.seed, row["id"], row["sample"], row["turn"], "pairs"))
         pairs = policy_pairs(row["advantages"], rng, args.pairs_per_state)
         prompt, _ = encode_dialogue(tokenizer, row["messages"])
-        used = {k for pair in pairs for k in pair}
-        leaves = {k: message_ids(tokenizer, row["candidates"][k], end_id) for k in used}
+        tokens = {k: message_ids(tokenizer, row["candidates"][k], end_id)
+                  for pair in pairs for k in pair}
         room = args.max_tokens - len(prompt)
-        fitting = [pair for pair in pairs if sum(len(leaves[k]) for k in {*pair}) <= room]
+        fitting = [(a, b) for a, b in pairs if len(tokens[a]) + len(tokens[b]) <= room]
         too_long += len(pairs) - len(fitting)
+        if not fitting:
+            continue
         used = sorted({k for pair in fitting for k in pair})
-        number = {k: i for i, k in enumerate(used)}
-        if fitting:
-            states.append({"trees": [Tree(prompt, [], [leaves[k] for k in used])],
-                           "pairs": [([number[a]], [number[b]]) for a, b in fitting]})
-    if not states:
-        raise UserError(f"{args.preferences}: no pair to learn from: {len(rows)} states with candidates, "
-                        f"none with two that fit into --max-tokens {args.max_tokens}")
-    print(f"{sum(len(s['pairs']) for s in states)} pairs at {len(states)} of {len(rows)} states; "
-          f"{too_long} left out for their length")
-    return states
+        numbers = {k: number for number, k in enumerate(used)}
+        tree = Tree(prompt, [], [tokens[k] for k in used])
+        numbered = [([numbers[a]], [numbers[b]]) for a, b in fitting]
+        examples.append(Example([tree], numbered, tree_tokens(tree)))
+    left_out = f"{too_long} left out for more than {args.max_tokens} tokens"
+    if not examples:
+        raise UserError(f"{args.preferences}: no pair to learn from in {len(rows)} states with "
+                        f"candidates; {left_out} (--max-tokens)")
+    n_pairs = sum(len(example.pairs) for example in examples)
+    print(f"{n_pairs} pairs at {len(examples)} of {len(rows)} states; {left_out}")
+    return examples
 
 
-def load_baseline(args, environment, tokenizer) -> list[dict]:
-    """Multi-turn DPO: {"trees": [τ+, τ−], "pairs": [(numbers of τ+'s agent messages, numbers of τ−'s)]} for
-    each pair. Rejection fine-tuning: {"trees": [τ], "pairs": [(numbers of τ's agent messages, [])]} for each
-    successful τ."""
+def load_baseline(args, environment, tokenizer) -> list[Example]:
+    """Multi-turn DPO: one example per pair of trajectories. rft: one per successful trajectory."""
     everything = load_trajectories(args.trajectories, environment.check_task)
-    trajectories = [t for t in of_first_tasks(everything, args.max_trajectories) if "reward" in t]
+    everything = of_first_tasks(everything, args.max_trajectories)
+    trajectories = [trajectory for trajectory in everything if "reward" in trajectory]
     if args.algorithm == "rft":
-        groups = [(i,) for i, t in enumerate(trajectories) if t["reward"] == 1]
+        groups = [(k,) for k, trajectory in enumerate(trajectories) if trajectory["reward"] == 1]
     else:
         groups = trajectory_pairs(trajectories, args.pairs_per_task, args.seed)
     trees = {}
-    for i in sorted({i for group in groups for i in group}):
-        system = trajectories[i].get("system", environment.prompt.replace("{max_turns}", str(MAX_TURNS)))
-        trees[i] = dialogue_tree(tokenizer, prompt_messages(system, trajectories[i]["dialogue_history"]))
-    units = []
+    for number in {number for group in groups for number in group}:
+        messages = whole_dialogue(trajectories[number], environment.prompt)
+        trees[number] = dialogue_tree(tokenizer, messages)
+    examples = []
     for group in groups:
-        if all(tree_tokens(trees[i]) <= args.max_tokens for i in group):
-            turns = [len(trees[i].spans) for i in group]
-            pair = list(range(turns[0])), list(range(turns[0], sum(turns)))
-            units.append({"trees": [trees[i] for i in group], "pairs": [pair]})
-    if not units:
-        what = "trajectory of reward 1" if args.algorithm == "rft" else "task with differing rewards"
-        raise UserError(f"{args.trajectories}: nothing to learn from: no {what} within --max-tokens "
-                        f"{args.max_tokens}, among {len(trajectories)} scored trajectories")
-    print(f"{len(units)} {'trajectories' if args.algorithm == 'rft' else 'pairs'}; "
-          f"{len(groups) - len(units)} left out for their length")
-    return units
+        own_trees = [trees[number] for number in group]
+        sizes = [tree_tokens(tree) for tree in own_trees]
+        if max(sizes) <= args.max_tokens:
+            n_chosen = len(own_trees[0].spans)  # agent messages of τ+
+            n_messages = sum(len(tree.spans) for tree in own_trees)
+            pair = list(range(n_chosen)), list(range(n_chosen, n_messages))
+            examples.append(Example(own_trees, [pair], sum(sizes)))
+    left_out = f"{len(groups) - len(examples)} left out for more than {args.max_tokens} tokens"
+    if not examples:
+        raise UserError(f"{args.trajectories}: nothing to learn from in {len(trajectories)} scored "
+                        f"trajectories; {left_out} (--max-tokens). rft needs a reward of 1, "
+                        "multi-turn-dpo a task with different rewards")
+    print(f"{len(examples)} examples for {args.algorithm}; {left_out}")
+    return examples
+
+
+def add_ref_logps(args, accelerator, examples: list[Example], model):
+    """Fill in ref_logps. Returns the mean −log π_ref of a message, and of one side of a pair."""
+    def base_logps(trees):  # log π_ref: adapters off, or all weights before the first step
+        with torch.no_grad(), accelerator.autocast(), adapters_off(model):
+            return message_logps(model, trees)
+
+    path = args.policy.with_name("policy_ref_logps.jsonl")
+    trees = [tree for example in examples for tree in example.trees]
+    ref_logps = iter(cached_ref_logps(accelerator, path, model, trees, args.tokens_per_step,
+                                      base_logps))
+    for example in examples:
+        example.ref_logps = [message for _ in example.trees for message in next(ref_logps)]
+    nats = [-logps.sum().item() for example in examples for logps in example.ref_logps]
+    n_sides = len(nats) if args.algorithm == "sweet" else 2 * len(examples)
+    return sum(nats) / len(nats), sum(nats) / n_sides
 
 
 def main():
@@ -239,28 +313,40 @@ def main():
         return
     tokenizer = load_tokenizer(args.model)
     args.max_tokens = min(args.max_tokens, context_length(args.model))
-    load = load_states if args.algorithm == "sweet" else load_baseline
-    units = load(args, environment, tokenizer)
+    if args.algorithm == "sweet":
+        examples = load_states(args, tokenizer)
+    else:
+        examples = load_baseline(args, environment, tokenizer)
     model = load_model(args.model, args.load_in_4bit, accelerator.device)
     torch.manual_seed(args.seed)  # LoRA's A matrices start at random
-    train(args, accelerator, add_lora(model, args.lora_rank, args.gradient_checkpointing), tokenizer, units)
+    model = add_lora(model, args.lora_rank, args.gradient_checkpointing)
+    nats = None
+    if args.algorithm != "rft":
+        nats = add_ref_logps(args, accelerator, examples, model)
+    train(args, accelerator, model, tokenizer, examples, nats)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        print(f"{args.policy}: trained; {next_step('evaluate.py', args)}")
 
 
 def parse_args():
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algorithm", choices=("sweet", "multi-turn-dpo", "rft"), default="sweet",
                        help="(3) on ranked candidates, (3) on pairs of trajectories, or (4)")
-    algorithm = first.parse_known_args()[0].algorithm
-    presets = {preset: known | BASELINES.get((preset, algorithm), {}) for preset, known in PRESETS.items()}
+    algorithm = first.parse_known_args()[0].algorithm  # the defaults of other flags depend on it
+    presets = {preset: settings | BASELINES.get((preset, algorithm), {})
+               for preset, settings in PRESETS.items()}
     parser, environment = script_parser(__doc__, "train_policy", presets, first)
     parser.add_argument("--preferences", type=Path, help="input (default: RUN/preferences.jsonl)")
-    parser.add_argument("--trajectories", type=Path, help="the baselines' (default: RUN/trajectories.jsonl)")
+    parser.add_argument("--trajectories", type=Path,
+                        help="input of the baselines (default: RUN/trajectories.jsonl)")
     group = parser.add_argument_group("objective")
-    group.add_argument("--beta", type=float, help="β′ of (3), see above; 0: a+ is imitated only")
-    group.add_argument("--nll-weight", type=float, help="w of (3)")
-    group.add_argument("--pairs-per-state", type=int, default=4, help="at most so many pairs of a state")
-    group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most so many; 0: all")
-    group.add_argument("--max-trajectories", type=int, default=0, help="baselines: the first so many; 0: all")
+    group.add_argument("--beta", type=float, help="β′ of (3), see above; 0 only imitates a+")
+    group.add_argument("--nll-weight", type=float, help="w of (3), the weight of NLL(a+)")
+    group.add_argument("--pairs-per-state", type=int, default=4, help="at most")
+    group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most; 0: all")
+    group.add_argument("--max-trajectories", type=int, default=0,
+                       help="baselines: the first ones; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_policy")
     args, given = parse_flags(parser)
@@ -270,12 +356,16 @@ def parse_args():
     refuse_unused(given, f"--algorithm {args.algorithm}", unused[args.algorithm])
     at_least_one(args, "save_every batch_size epochs tokens_per_step max_tokens pairs_per_state")
     if args.beta < 0 or args.beta == args.nll_weight == 0:
-        raise UserError(f"--beta {args.beta:g}: β′ of (3) is above 0, or 0 with a --nll-weight above 0")
-    args.preferences = args.preferences or Path(args.run) / "preferences.jsonl"
+        raise UserError(f"--beta {args.beta:g}: must be above 0, or 0 with --nll-weight above 0")
+    args.examples_per_step = args.batch_size
+    if args.algorithm == "sweet":  # the pairs of a state stay together
+        args.examples_per_step = max(1, args.batch_size // args.pairs_per_state)
     args.trajectories = args.trajectories or Path(args.run) / "trajectories.jsonl"
+    args.preferences = args.preferences or Path(args.run) / "preferences.jsonl"
     args.policy = Path(args.run) / "policy"
+    print_settings(parser, args)
     return args, environment
 
 
 if __name__ == "__main__":
-    run_main(main, out_of_memory="lower --tokens-per-step (the batch stays what it is) or --max-tokens")
+    run_main(main, out_of_memory=OUT_OF_MEMORY)

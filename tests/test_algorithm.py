@@ -24,7 +24,7 @@ from colbench.lm.load import load_tokenizer
 from colbench.lm.logps import message_logps, pack
 from colbench.lm.tokens import encode_dialogue
 from colbench.train.heads import value_head
-from colbench.train.ranking import mean_log_ratio
+from colbench.train.critics import mean_log_ratio
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
@@ -60,15 +60,17 @@ def test_policy_loss_by_hand():
 
 
 def test_log_ratios_in_nats_a_message_by_hand():
-    args = SimpleNamespace(beta=0.5, nll_weight=0.0, critic="logprob", no_length_norm=False, official=False)
+    args = SimpleNamespace(beta=0.5, nll_weight=0.0, critic="logprob", score="turn-mean",
+                           algorithm="sweet")
     a, ref_a, b, ref_b = (torch.tensor(x) for x in ([-1.0, -0.2], [-1.4, -0.1], [-2.0], [-1.0]))
-    _, row = train_policy.pair_loss(args, a, b, ref_a, ref_b, 1, 1)
+    example = train_policy.Example([], [], 0, ref_logps=[ref_a, ref_b])
+    _, row = train_policy.pair_loss(args, example, ([0], [1]), [a, b])
     assert row["log_ratio/chosen"].item() == pytest.approx(0.3) and row["log_ratio/rejected"].item() == -1
     assert row["margin"].item() == pytest.approx(1.3) and row["rewards/margins"].item() == pytest.approx(0.65)
-    _, row = train_policy.pair_loss(args, torch.cat([a, b]), b, torch.cat([ref_a, ref_b]), ref_b, 2, 1)
+    _, row = train_policy.pair_loss(args, example, ([0, 1], [1]), [a, b])
     assert row["log_ratio/chosen"].item() == pytest.approx(-0.35)  # of two messages, 0.3 and -1
-    _, loss_of = train_critic.losses(args, None, [], {0: [ref_a, ref_b], 1: [ref_b]})
-    _, row = loss_of((0, 1), [[a, b], [b]])
+    example = train_critic.Example((0, 1), [], [], [], 0, ref_logps=[[ref_a, ref_b], [ref_b]])
+    _, row = train_critic.pair_loss(args, example, (0, 1), [[a, b], [b]])
     assert row["log_ratio/chosen"].item() == pytest.approx(-0.35) and row["log_ratio/rejected"].item() == -1
     assert row["margin"].item() == pytest.approx(0.15 - 1 + 1)  # sums of means a token
 

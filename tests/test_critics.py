@@ -32,7 +32,7 @@ from colbench.run.errors import UserError
 from colbench.run.files import append_jsonl
 from colbench.train.heads import value_head
 from colbench.train.judges import JUDGE_PROMPT, ROLLOUTS, judge_scores, rollout_scores
-from colbench.train.ranking import score_candidates
+from colbench.train.critics import logprob_scores, other_scores
 
 SYSTEM = "Ask about one missing detail at a time, then answer."
 
@@ -72,9 +72,19 @@ def states(task):
 
 
 def settings(**changes):
-    return SimpleNamespace(**dict(critic="logprob", no_hidden_info=False, no_length_norm=False, official=False,
-                                  tokens_per_step=150, max_tokens=1024, human="scripted", max_new_tokens=96,
-                                  batch_tokens=65536, allow_weak_sandbox=False, seed=0) | changes)
+    return SimpleNamespace(**dict(critic="logprob", no_hidden_info=False, no_length_norm=False,
+                                  official=False, tokens_per_step=150, max_tokens=1024,
+                                  allow_weak_sandbox=False, seed=0) | changes)
+
+
+def scores_of(args, states, tokenizer, model, base_logps):
+    """What train_critic.py ranks by: its own function for the paper's critic, else the package's."""
+    if args.critic == "logprob":
+        with torch.no_grad():
+            return train_critic.advantages(args, states, tokenizer, model, base_logps)
+    return other_scores(args.critic, states, tokenizer, model, base_logps, max_tokens=args.max_tokens,
+                        tokens_per_step=args.tokens_per_step, seed=args.seed,
+                        hidden_info=not args.no_hidden_info)
 
 
 def naive_logps(model, tokenizer, messages, text):
@@ -104,11 +114,11 @@ def naive_score(args, model, tokenizer, state, text):
     return (ratios.sum() if args.no_length_norm else ratios.mean()).item()
 
 
-def reference_logps_of(model):
-    def reference_logps(trees):
+def base_logps_of(model):
+    def base_logps(trees):
         with torch.no_grad(), adapters_off(model):
             return message_logps(model, trees)
-    return reference_logps
+    return base_logps
 
 
 @pytest.mark.parametrize("changes", [{}, {"no_hidden_info": True}, {"no_length_norm": True}, {"official": True},
@@ -116,33 +126,39 @@ def reference_logps_of(model):
                                      {"critic": "value", "no_hidden_info": True}])
 def test_scores_of_candidates(critic, tokenizer, states, changes):
     args = settings(**changes)
-    scores = score_candidates(args, states, tokenizer, critic, reference_logps_of(critic))
+    scores = scores_of(args, states, tokenizer, critic, base_logps_of(critic))
     expected = [[naive_score(args, critic, tokenizer, state, text) for text in state["candidates"]] for state in states]
     assert [len(row) for row in scores] == [3, 2]
     for got, wanted in zip(scores, expected):
         assert got == pytest.approx(wanted, abs=2e-5)
     assert len({round(value, 4) for row in scores for value in row}) == 5  # no two are equal: an exchange would show
+    if args.critic == "logprob":  # evaluate.py asks the package's copy
+        flags = dict(hidden_info=not args.no_hidden_info, length_norm=not args.no_length_norm,
+                     ref_hidden_info=not args.official)
+        assert scores == logprob_scores(states, tokenizer, critic, base_logps_of(critic), **flags,
+                                        max_tokens=args.max_tokens,
+                                        tokens_per_step=args.tokens_per_step)
 
 
 def test_states_that_are_too_long_have_no_scores(critic, tokenizer, states):
     with_c = with_hidden_info(states[0]["messages"], states[0]["task"]["ground_truth"])
     length = len(encode_dialogue(tokenizer, with_c)[0])
-    scores = score_candidates(settings(max_tokens=length + 12), states, tokenizer, critic, reference_logps_of(critic))
+    scores = scores_of(settings(max_tokens=length + 12), states, tokenizer, critic, base_logps_of(critic))
     assert len(scores[0]) == 3 and scores[1] == []
 
 
 def test_random_critic_is_blind_and_repeatable(critic, tokenizer, states):
     args, many = settings(critic="random"), [states[0] | {"turn": turn} for turn in range(1, 400)]
-    scores = score_candidates(args, many, tokenizer, critic, None)
-    assert scores == score_candidates(args, many, tokenizer, None, None)
+    scores = scores_of(args, many, tokenizer, critic, None)
+    assert scores == scores_of(args, many, tokenizer, None, None)
     wins = sum(row.index(max(row)) == 0 for row in scores)  # each of three candidates is the best in a third
     assert 100 < wins < 166 and 0 <= min(map(min, scores)) < max(map(max, scores)) < 1
-    assert scores != score_candidates(settings(critic="random", seed=1), many, tokenizer, critic, None)
+    assert scores != scores_of(settings(critic="random", seed=1), many, tokenizer, critic, None)
 
 
 def test_judge_compares_in_both_orders(critic, tokenizer, states):
     first, second = states[1]["candidates"]
-    [[a, b]] = judge_scores(reference_logps_of(critic), tokenizer, [states[1]["messages"]], [[first, second]], 4096)
+    [[a, b]] = judge_scores(base_logps_of(critic), tokenizer, [states[1]["messages"]], [[first, second]], 4096)
     dialogue = "\n".join(f"{m['role']}: {m['content']}" for m in states[1]["messages"])
     odds = []
     for one, other, sign in ((first, second, 1), (second, first, -1)):
@@ -160,7 +176,9 @@ def test_rollouts_average_real_rewards(critic, tokenizer, states, task):
     state = states[1] | {"candidates": [f"{MARKER} {task['ground_truth']}", f"{MARKER} def price(n, d): return None",
                                         "What is the escort?"]}
     with Backend(settings()) as environment:
-        [[right, wrong, question]] = rollout_scores(settings(), environment, [state], tokenizer, critic)
+        [[right, wrong, question]] = rollout_scores(
+            [state], tokenizer, critic, environment, human="scripted", max_new_tokens=96,
+            batch_tokens=65536, seed=0)
     assert (right, wrong) == (1.0, 0.0)
     human, rewards = ScriptedHuman(), []
     for m in range(ROLLOUTS):
@@ -214,7 +232,7 @@ def trajectories(task, tmp_path_factory):
     return path
 
 
-def units_of(algorithm, path, tokenizer, **changes):
+def examples_of(algorithm, path, tokenizer, **changes):
     args = SimpleNamespace(**dict(algorithm=algorithm, trajectories=path, max_trajectories=0, pairs_per_task=0,
                                   seed=0, max_tokens=1024) | changes)
     return train_policy.load_baseline(args, Backend, tokenizer)
@@ -225,30 +243,30 @@ def test_why_there_is_no_pair(tmp_path, tokenizer):
                                           "messages": [{"role": "user", "content": "Write f."}],
                                           "candidates": ["x"], "advantages": [0.0]})
     settings = SimpleNamespace(preferences=tmp_path / "one.jsonl", seed=0, pairs_per_state=4, max_tokens=100)
-    with pytest.raises(UserError, match="1 states with candidates, none with two that fit into --max-tokens 100"):
-        train_policy.load_states(settings, Backend, tokenizer)
+    with pytest.raises(UserError, match="no pair to learn from in 1 states with candidates"):
+        train_policy.load_states(settings, tokenizer)
 
 
 def test_baselines_train_on_agent_tokens_alone(trajectories, tokenizer):
     texts = [["What is the rebate?", f"{MARKER} right"], [f"{MARKER} wrong"]]
-    [unit] = units_of("multi-turn-dpo", trajectories, tokenizer)
-    assert unit["pairs"] == [([0, 1], [2])]
+    [example] = examples_of("multi-turn-dpo", trajectories, tokenizer)
+    assert example.pairs == [([0, 1], [2])]
     end = end_of_turn(tokenizer)
-    for (ids, spans, leaves), messages in zip(unit["trees"], texts):
+    for (ids, spans, leaves), messages in zip(example.trees, texts):
         assert leaves == [] and [ids[a:b] for a, b in spans] == [message_ids(tokenizer, text, end) for text in messages]
-    [unit] = units_of("rft", trajectories, tokenizer)  # the successful one alone
-    assert unit["pairs"] == [([0, 1], [])] and len(unit["trees"]) == 1
-    with pytest.raises(UserError, match="no trajectory of reward 1"):
-        units_of("rft", trajectories, tokenizer, max_tokens=10)
+    [example] = examples_of("rft", trajectories, tokenizer)  # the successful one alone
+    assert example.pairs == [([0, 1], [])] and len(example.trees) == 1
+    with pytest.raises(UserError, match="nothing to learn from.*rft needs a reward of 1"):
+        examples_of("rft", trajectories, tokenizer, max_tokens=10)
 
 
 def test_multi_turn_dpo_by_hand(trajectories, tokenizer, critic):
-    """The loss that the loop computes from a unit equals DPO on whole trajectories, message by message."""
-    [unit] = units_of("multi-turn-dpo", trajectories, tokenizer)
+    """The loss that the loop computes from an example equals DPO on whole trajectories, message by message."""
+    [example] = examples_of("multi-turn-dpo", trajectories, tokenizer)
     with torch.no_grad():
-        messages = [m for tree in message_logps(critic, unit["trees"]) for m in tree]
-        ref = [m for tree in reference_logps_of(critic)(unit["trees"]) for m in tree]
-    (a, b), cat = unit["pairs"][0], lambda rows, numbers: torch.cat([rows[i] for i in numbers])
+        messages = [m for tree in message_logps(critic, example.trees) for m in tree]
+        ref = [m for tree in base_logps_of(critic)(example.trees) for m in tree]
+    (a, b), cat = example.pairs[0], lambda rows, numbers: torch.cat([rows[i] for i in numbers])
     loss, *_ = train_policy.policy_loss(cat(messages, a), cat(messages, b), cat(ref, a), cat(ref, b), 0.1, 0.01)
     totals, nll = [], None
     for line in map(json.loads, trajectories.read_text().splitlines()):
@@ -342,10 +360,10 @@ def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
     (train_critic, "--critic untrained --no-hidden-info", "--no-hidden-info has no effect with --critic untrained"),
     (train_critic, "--critic value --official", "--official has no effect with --critic value"),
     (train_critic, "--critic judge --lora-rank=8", "--lora-rank has no effect with --critic judge"),
-    (train_critic, "--env frontend --critic value", "wholly right"),
-    (train_critic, "--env frontend --official", "wholly right"),
+    (train_critic, "--env frontend --critic value", "entirely right"),
+    (train_critic, "--env frontend --official", "entirely right"),
     (train_critic, "--official --no-length-norm", "--no-length-norm has no effect with --official"),
-    (train_critic, "--env frontend --vision-critic x", "wants --critic regression"),
+    (train_critic, "--env frontend --vision-critic x", "needs --critic regression"),
     (train_critic, "--env frontend --critic regression --vision-critic x --model y", "no effect with --vision-critic"),
     (train_policy, "--save-every 0", "at least 1"), (train_policy, "--pairs-per-state 0", "at least 1"),
     (train_policy, "--beta -1", "above 0"),
@@ -356,10 +374,10 @@ def test_compare_prints_wins_ties_and_losses(tmp_path, capsys):
     (evaluate, "--policies base --best-of 4", "needs --critic"), (evaluate, "--policies base --critic value", "shows"),
     (evaluate, "--policies base --critic none", "no trained critic"),
     (evaluate, "--policies none", "no trained policy"),
-    (evaluate, "--policies base http://127.0.0.1:9/v1 --best-of 4 --critic untrained", "does not go with a server"),
+    (evaluate, "--policies base http://127.0.0.1:9/v1 --best-of 4 --critic untrained", "not with a server"),
     (evaluate, "--policies base --max-new-tokens 0", "at least 1"),
     (evaluate, "--policies base --temperature nan", "0 or more"),
-    (evaluate, "--policies base --critic value --shard 1/2", "put the shards together"),
+    (evaluate, "--policies base --critic value --shard 1/2", "concatenate the shards"),
     (collect, "--temperature -1", "0 or more"), (collect, "--candidate-share 2", "between 0 and 1"),
     (collect, "--add-candidates-to {run}/trajectories.jsonl", "the output itself"),
 ])

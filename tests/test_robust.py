@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from colbench.env.backend.audit import audit, flaws, missing_modules
 from colbench.env.backend.human import make_human
@@ -58,11 +59,11 @@ def test_each_trouble_costs_its_own_dialogue(tmp_path):
                 assert "reward" not in row, name
             else:
                 assert row["reward"] == (0.0 if name == "endless" else 1.0)
-        assert "9 that failed" in done.stdout and "mean reward 0.909" in done.stdout
+        assert "9 failed" in done.stdout and "mean reward 0.909" in done.stdout
         counts = [sum(name in last(body) for body in server.requests) for name in TROUBLE]
         assert max(counts[:-1]) <= 10  # bounded: five attempts, twice for a reply without text
         mended.set()
-        assert "0 that failed" in run("collect.py", *arguments).stdout
+        assert "0 failed" in run("collect.py", *arguments).stdout
         assert [row["outcome"] for row in lines(tmp_path / "trajectories.jsonl")].count("simulation_failed") == 0
     finally:
         server.close()
@@ -129,19 +130,22 @@ def test_no_secret_in_any_file_or_word(tmp_path):
 
 # ---- training -------------------------------------------------------------------------------------------------------
 def test_steps_without_a_finite_loss_or_gradient_are_counted(tmp_path):
-    log = training.StepLog(Accelerator(cpu=True), tmp_path / "log.jsonl", 0)
+    def step_log(first_step):
+        bar = tqdm(range(first_step, 9), initial=first_step, disable=True)
+        return training.StepLog(Accelerator(cpu=True), tmp_path / "critic", bar, first_step)
+
+    log = step_log(0)
     seen = []
     steps = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 2.0), (-math.inf, math.nan)]
     for step, (loss, norm) in enumerate(steps):
         log.add(3, loss=torch.tensor(loss), margin=2.0)
         log.add(3, loss=torch.tensor(1.0), margin=2.0)
-        log.means(grad_norm=norm)
-        row = log.write(step, learning_rate=1e-4)
-        seen.append((log.sound, row["skipped"], log.unsound_in_a_row))
-    assert seen == [(True, 0, 0), (False, 1, 1), (False, 2, 2), (True, 2, 0), (False, 3, 1)]
-    strict = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in open(tmp_path / "log.jsonl")]
+        log.write(step, log.means(), norm, learning_rate=1e-4)
+        seen.append((log.skipped, log.skipped_in_a_row))
+    assert seen == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+    strict = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in open(tmp_path / "critic_log.jsonl")]
     assert [row["loss"] for row in strict] == [1.0, None, 1.0, 1.0, None] and strict[2]["grad_norm"] is None
-    assert training.StepLog(Accelerator(cpu=True), tmp_path / "log.jsonl", 3).skipped == 2  # resumed behind step 2
+    assert step_log(3).skipped == 2  # resumed after step 2
 
 
 FAULTY = """
@@ -203,7 +207,7 @@ def test_messages_that_reach_beyond_the_context_are_left_out(collected, tmp_path
     rows[0]["candidates"][0] = "word " * 3000
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run("train_policy.py", "--run", tmp_path, *SMALL["train_policy"], "--max-tokens", 100_000)
-    assert "15 pairs at 15 of 16 states; 1 left out for their length" in done.stdout
+    assert "15 pairs at 15 of 16 states; 1 left out for more than 1024 tokens" in done.stdout
 
 
 # ---- errors of the machine ------------------------------------------------------------------------------------------

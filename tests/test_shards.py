@@ -49,7 +49,7 @@ def test_collect_in_shards(tmp_path):
     joined = parts / "trajectories.jsonl"
     joined.write_text("\n".join(lines(*files)) + "\n")  # cat
     assert lines(joined) != expected
-    assert "nothing to do" in run("collect.py", "--run", parts, *sizes).stdout
+    assert "already complete" in run("collect.py", "--run", parts, *sizes).stdout
     assert joined.read_bytes() == (whole / "trajectories.jsonl").read_bytes()
     joined.write_text("\n".join(lines(files[0])) + "\n")  # one never came: the whole command makes it
     run("collect.py", "--run", parts, *sizes)
@@ -81,7 +81,7 @@ def test_evaluate_in_shards(tmp_path):
     assert [row["policies"]["base"]["episodes"] for row in metrics] == [6, 4]
     (parts / "episodes.jsonl").write_text("\n".join(lines(*files)) + "\n")  # cat
     done = run("evaluate.py", "--run", parts, *sizes)
-    assert "nothing to play" in done.stdout
+    assert "already complete" in done.stdout
     assert [row for row in done.stdout.splitlines() if row.startswith("base ")] == [
         row for row in table.splitlines() if row.startswith("base ")]  # the table of the whole run
     assert (parts / "episodes.jsonl").read_bytes() == (whole / "episodes.jsonl").read_bytes()

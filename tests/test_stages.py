@@ -81,15 +81,15 @@ def test_finished_stages_do_nothing(finished):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and ".lock" not in path.name}
     for script, args in [("collect.py", SMALL), ("train_critic.py", CRITIC), ("train_policy.py", ["--epochs", 1]),
                          ("evaluate.py", ["--n-tasks", 8])]:
-        assert "nothing to" in run(script, "--run", finished, *args).stdout
+        assert "already" in run(script, "--run", finished, *args).stdout
     for path, content in before.items():
         assert path.read_bytes() == content, path
 
 
 @pytest.mark.parametrize("script, changed, says", [
-    ("collect.py", [*SMALL, "--temperature", "0.7"], "trajectories.jsonl was begun with --temperature 1.0, not 0.7:"),
-    ("train_critic.py", [*CRITIC, "--nll-weight", "0.5"], "critic was begun with --nll-weight 0.3, not 0.5:"),
-    ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy was begun with --beta 1.0, not 0.5:")])
+    ("collect.py", [*SMALL, "--temperature", "0.7"], "trajectories.jsonl: made with --temperature 1.0, not 0.7;"),
+    ("train_critic.py", [*CRITIC, "--nll-weight", "0.5"], "critic: made with --nll-weight 0.3, not 0.5;"),
+    ("train_policy.py", ["--epochs", 1, "--beta", "0.5"], "policy: made with --beta 1.0, not 0.5;")])
 def test_other_flags_in_a_finished_run_are_named_and_change_nothing(finished, script, changed, says):
     before = {path: path.read_bytes() for path in finished.glob("*.jsonl")}
     done = run(script, "--run", finished, *changed, "--tokens-per-step" if "train" in script else "--parallel", 900)
@@ -104,7 +104,7 @@ def test_results_do_not_stand_under_flags_or_weights_that_did_not_make_them(fini
     policy, critic = run_folder / "policy", run_folder / "critic"
     args = ["--run", run_folder, "--n-tasks", 8, "--policies", "base", policy]  # the policy is in another place now
     before = {path.name: path.read_bytes() for path in run_folder.glob("*.json*")}
-    assert "was begun with --max-turns 10, not 1:" in refused("evaluate.py", *args, "--max-turns", 1)
+    assert "made with --max-turns 10, not 1;" in refused("evaluate.py", *args, "--max-turns", 1)
     assert {path.name: path.read_bytes() for path in run_folder.glob("*.json*")} == before
     run("evaluate.py", *args, "--critic", critic)  # plays the policy under its new name
     credit = (run_folder / "advantages.jsonl").read_bytes()
@@ -161,12 +161,12 @@ def test_critic_goes_on_after_kill(collected, tmp_path_factory):
     command = ["train_critic.py", "--run", collected, *args]
     kill_when(lambda: log.exists() and log.read_bytes().count(b"\n") >= 3, *command)
     assert (collected / "critic.checkpoint").exists() and not (collected / "critic").exists()
-    begun = {path: path.read_bytes() for path in collected.glob("[!.]*.*") if "reference" not in path.name}
-    assert "critic.checkpoint: its training was begun with --no-hidden-info False, not True" in refused(
+    begun = {path: path.read_bytes() for path in collected.glob("[!.]*.*") if "ref_logps" not in path.name}
+    assert "critic.checkpoint: made with --no-hidden-info False, not True" in refused(
         *command, "--no-hidden-info")
     trajectories = (collected / "trajectories.jsonl").read_bytes()
     (collected / "trajectories.jsonl").write_bytes(b"".join(trajectories.splitlines(keepends=True)[:24]))
-    assert "critic.checkpoint: was trained on other data" in refused(*command)
+    assert "critic.checkpoint: was trained on different data" in refused(*command)
     (collected / "trajectories.jsonl").write_bytes(trajectories)
     assert {path: path.read_bytes() for path in begun} == begun
     run(*command)
@@ -252,7 +252,7 @@ def test_displacement_is_told(finished, collected):
     told = [line for line in done.stderr.splitlines() if "likelihood displacement" in line]
     assert len(told) == 1 and "--nll-weight" in told[0] and "--beta" in told[0]
     log = lines(collected / "policy_log.jsonl")
-    nats = float(re.search(r"nats +([\d.]+) a message", done.stdout)[1])
+    nats = float(re.search(r"nats +([\d.]+) per message", done.stdout)[1])
     fallen = [sum(row["log_ratio/chosen"] for row in log[i - 20:i]) / 20 for i in range(20, len(log) + 1)]
     assert min(fallen) < -0.1 * nats
     shutil.rmtree(collected / "policy")
@@ -408,7 +408,7 @@ def test_what_an_error_ended_is_played_again(script, output, tmp_path):
                 if len(body["messages"]) > 1} == {"b: write f."}
         second = lines(tmp_path / "run" / output)
         assert second[::2] == first[::2] and [row["reward"] for row in second] == [1, 1, 1]
-        assert "nothing to" in run(*command).stdout
+        assert "already" in run(*command).stdout
     finally:
         server.close()
 
@@ -464,7 +464,7 @@ def test_out_of_memory_is_one_line_that_names_the_flag(collected):
     done = run("-c", CAPPED, "--run", collected, "--tokens-per-step", 1_000_000, code=2)
     assert "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: out of memory: lower --tokens-per-step (the batch stays what it is) or --max-tokens; the same command "
+        "error: out of memory: lower --tokens-per-step (the batch stays the same) or --max-tokens; the same command "
         "then goes on from here"]
 
 
