@@ -60,7 +60,7 @@ def contents(folder):
         if name.endswith("report.html"):
             head, data, tail = re.split(rb'(?<=id="data">)(.*)(?=</script>\n<script>)', content)
             data = json.loads(data)
-            sections = [s for s in data["table"]["sections"] if s["title"] != "Time and requests an episode"]
+            sections = [s for s in data["table"]["sections"] if s["title"] != "Time and requests per episode"]
             assert len(sections) == len(data["table"]["sections"]) - 1
             data["table"]["sections"] = sections
             files[name] = head, data, tail

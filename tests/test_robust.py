@@ -235,12 +235,12 @@ def bad_task(reference, *calls, description="Write f and make it good."):
 
 
 BAD = {
-    "reference: raises ZeroDivisionError, 2 of 2": bad_task("def f(x):\n    return x / 0"),
-    "reference: returns None, 1 of 2": bad_task("def f(x):\n    return x if x == 1 else None"),
-    "reference: needs no_such_module, which": bad_task(
+    "hidden code: raises ZeroDivisionError, 2 of 2": bad_task("def f(x):\n    return x / 0"),
+    "hidden code: returns None, 1 of 2": bad_task("def f(x):\n    return x if x == 1 else None"),
+    "hidden code: needs no_such_module, which": bad_task(
         "import no_such_module\ndef f(x):\n    return no_such_module.f(x)"),
-    "reference: returns no plain data": bad_task("def f(x):\n    return lambda: x"),
-    "reference: returns what does not equal itself": bad_task("def f(x):\n    return [float('nan')]"),
+    "hidden code: returns no plain data": bad_task("def f(x):\n    return lambda: x"),
+    "hidden code: returns a value that does not equal itself": bad_task("def f(x):\n    return [float('nan')]"),
     "names: a test call uses g, which the description does not": bad_task("def g(x):\n    return x", "g(1)"),
     "names: a test call uses h, which nothing defines": bad_task("def f(x):\n    return x", "f(h)"),
     "names: a test call uses date, which the description": bad_task(
@@ -278,8 +278,8 @@ def test_audit_as_a_command_and_in_the_metrics(tmp_path):
     (tmp_path / "tasks.jsonl").write_text("\n" + "".join(json.dumps(task) + "\n" for task in tasks))
     command = ["-m", "colbench.env.backend.audit", tmp_path / "tasks.jsonl"]
     done = run(*command)
-    assert f"{tmp_path}/tasks.jsonl:2: reference: raises ZeroDivisionError" in done.stdout
-    assert done.stdout.splitlines()[-1] == "5 tasks: 2 clean, 3 with reference"
+    assert f"{tmp_path}/tasks.jsonl:2: hidden code: raises ZeroDivisionError" in done.stdout
+    assert done.stdout.splitlines()[-1] == "5 tasks: 2 clean; flaws: hidden code 3"
     done = run(*command, "--json")
     assert [json.loads(line)["line"] for line in done.stdout.splitlines()] == [2, 3, 4]
     first = flaws(tasks, None, False)

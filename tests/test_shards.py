@@ -17,7 +17,7 @@ def lines(*paths):
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "/4", "1/", "1/0", "-1/4", "1/4/2", "a/b", "1.0/2", "", "１/4"])
 def test_no_shard(text):
-    with pytest.raises(UserError, match="--shard .*i/n is wanted"):
+    with pytest.raises(UserError, match="--shard .*expected i/n"):
         shard(text)
 
 

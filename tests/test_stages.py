@@ -447,7 +447,7 @@ def test_comparison_of_runs(finished, tmp_path):
     printed = run("-m", "colbench.look.comparison", finished, tmp_path).stdout
     assert f"{tmp_path}: base  against  {finished}: base: 8 episodes" in printed
     assert "wins 0, ties 8, losses 0" in printed
-    assert "two policies at least are wanted" in refused("-m", "colbench.look.comparison", tmp_path)
+    assert "expected at least two policies" in refused("-m", "colbench.look.comparison", tmp_path)
 
 
 CAPPED = """
@@ -464,8 +464,8 @@ def test_out_of_memory_is_one_line_that_names_the_flag(collected):
     done = run("-c", CAPPED, "--run", collected, "--tokens-per-step", 1_000_000, code=2)
     assert "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: out of memory: lower --tokens-per-step (the batch stays the same) or --max-tokens; the same command "
-        "then goes on from here"]
+        "error: out of memory: lower --tokens-per-step (the batch stays the same) or --max-tokens; then run the "
+        "same command to resume"]
 
 
 def test_reference_log_probs_are_computed_once(collected):
