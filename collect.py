@@ -78,10 +78,11 @@ def main():
     agent = make_agent(args)
     with environment(args, args.run) as env, open(args.trajectories, "a", encoding="utf-8") as file:
         print_plan(args, agent, env)
+        make = add_candidates if args.add_candidates_to else converse
+        batches = make(args, agent, env, todo)  # a --human that cannot play ends the run here
         keep_settings(args.trajectories, args, begun=bool(lines))
         bar = tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
-        make = add_candidates if args.add_candidates_to else converse
-        for episodes in score_and_append(env, make(args, agent, env, todo), file, bar):
+        for episodes in score_and_append(env, batches, file, bar):
             lines += episodes
         bar.close()
     rewrite_jsonl(args.trajectories, lines, order, episode_key)
