@@ -215,7 +215,7 @@ def parse_args():
     parser.add_argument("--candidate-share", type=float, help="share of turns with candidates")
     parser.add_argument("--add-candidates-to", metavar="FILE", help="play nothing, complete the "
                         "trajectories in this file (or in a hub data set ID:FILE)")
-    parser.add_argument("--seed", type=int, default=0, help="of all sampling and shuffling")
+    parser.add_argument("--seed", type=int, default=0, help="for all sampling and shuffling")
     add_playing_flags(parser, "collect")
     environment.add_flags(parser, "collect")
     args, given = parse_flags(parser)

@@ -180,7 +180,7 @@ def parse_args():
                         "judge or rollout")
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help="at every turn, play "
                         "the best of N messages by --critic, see above")
-    parser.add_argument("--seed", type=int, default=1, help="of all sampling and shuffling")
+    parser.add_argument("--seed", type=int, default=1, help="for all sampling and shuffling")
     add_playing_flags(parser, "evaluate")
     environment.add_flags(parser, "evaluate")
     args, _ = parse_flags(parser)

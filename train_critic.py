@@ -18,9 +18,9 @@ r(τ+) > r(τ−), by the Bradley-Terry loss
 
 NLL is the mean of −log π_θ over the agent's tokens. A step takes the mean of (2) over its pairs.
 
-How to choose β and w for another model (the paper has 0.1 and 0.01): a pair stops pulling once its
-margin, the difference of the two sums, passes about 3/β. This must be less than what a trajectory
-holds (the plan prints it in nats). Otherwise all messages become unlikely, long useless ones least,
+How to choose β and w for another model (the paper has 0.1 and 0.01): the gradient of a pair fades
+once its margin, the difference of the two sums, passes about 3/β. Keep this below the nats of a
+trajectory, which the plan prints. Otherwise all messages become unlikely, long useless ones least,
 and those then outrank short useful ones. If log_ratio/chosen in the log falls far below 0, raise w.
 
 c enters every prompt of the critic through with_hidden_info (colbench/env/hidden_info.py), which
@@ -378,8 +378,8 @@ def parse_args():
                        "without c")
     group.add_argument("--beta", type=float, help="β of (2), see above")
     group.add_argument("--nll-weight", type=float, help="w of (2), the weight of NLL(τ+)")
-    group.add_argument("--pairs-per-task", type=int, help="at most, drawn at random; 0: all")
-    group.add_argument("--max-trajectories", type=int, default=0, help="the first ones; 0: all")
+    group.add_argument("--pairs-per-task", type=int, help="maximum, drawn at random; 0: all")
+    group.add_argument("--max-trajectories", type=int, default=0, help="use the first N; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_critic")
     args, given = parse_flags(parser)

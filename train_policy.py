@@ -15,11 +15,11 @@ pairs per state. On these single messages the agent is trained by DPO, without c
 
 NLL is the mean of −log π_φ over the tokens of a+. A step takes the mean of (3) over its pairs.
 
-How to choose β′ and w for another model (the paper has 0.1 and 0.01): a pair stops pulling once its
-margin, the difference of the two log-ratios, passes about 3/β′. This must be less than the nats of
-a message (−log π_ref; the plan prints it). Otherwise the chosen messages become unlikely too
-(likelihood displacement). If log_ratio/chosen in the log falls far below 0, raise w. Messages of
-the embedded model have 10 nats; those of Llama-3.1-8B probably 30 to 100, which suits β′ = 0.1.
+How to choose β′ and w for another model (the paper has 0.1 and 0.01): the gradient of a pair fades
+once its margin, the difference of the two log-ratios, passes about 3/β′. Keep this below the nats
+of a message (−log π_ref), which the plan prints. Otherwise the chosen messages become unlikely too
+(likelihood displacement). If log_ratio/chosen in the log falls far below 0, raise w. A message of
+the embedded model has 10 nats; one of Llama-3.1-8B probably 30 to 100, which suits β′ = 0.1.
 
 Two baselines need no critic. `multi-turn-dpo` is (3) with all agent messages of a trajectory τ+ as
 a+, and those of a τ− of the same task with a lower reward as a−. `rft`, rejection fine-tuning,
@@ -343,10 +343,10 @@ def parse_args():
     group = parser.add_argument_group("objective")
     group.add_argument("--beta", type=float, help="β′ of (3), see above; 0 only imitates a+")
     group.add_argument("--nll-weight", type=float, help="w of (3), the weight of NLL(a+)")
-    group.add_argument("--pairs-per-state", type=int, default=4, help="at most")
-    group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: at most; 0: all")
+    group.add_argument("--pairs-per-state", type=int, default=4, help="maximum per state")
+    group.add_argument("--pairs-per-task", type=int, help="multi-turn DPO: maximum; 0: all")
     group.add_argument("--max-trajectories", type=int, default=0,
-                       help="baselines: the first ones; 0: all")
+                       help="baselines: use the first N; 0: all")
     add_training_flags(parser)
     environment.add_flags(parser, "train_policy")
     args, given = parse_flags(parser)

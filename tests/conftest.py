@@ -1,5 +1,6 @@
-"""One thread a test: pytest-xdist runs as many tests at once as there are cores, and threads of two of them would only
-wait for each other. Stages that a test starts inherit it."""
+"""One thread per test, because pytest-xdist already runs one test per core.
+
+Stages that a test starts inherit the setting."""
 import contextlib
 import importlib
 import io
@@ -17,9 +18,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 class SharedRunsTogether(LoadScopeScheduling):
-    """Tests go to whoever is free, but those of a file that shares a run of all stages to one: it is made once."""
+    """Tests go to any free worker, but a file whose tests share a run of all stages goes to one.
 
-    FILES = {f"tests/test_{name}.py" for name in ("stages", "house", "frontend_stages", "crash", "interop")}
+    So that run is made once."""
+
+    FILES = {f"tests/test_{name}.py"
+             for name in ("stages", "layers", "frontend_stages", "crash", "interop")}
 
     def _split_scope(self, nodeid):
         file = nodeid.split("::")[0]
@@ -30,16 +34,19 @@ def pytest_xdist_make_scheduler(config, log):
     return SharedRunsTogether(config, log)
 
 
-LONGEST = ("test_first_command_ends_with_the_table", "test_commands_that_need_no_gpu_and_no_hub_run_as_printed")
+LONGEST = ("test_first_command_ends_with_the_table",
+           "test_commands_that_need_no_gpu_and_no_hub_run_as_printed")
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first: the other workers go on meanwhile."""
+    """Start the longest tests first; the other workers run the rest meanwhile."""
     items.sort(key=lambda item: item.name not in LONGEST)
 
 
 def browser_program() -> str | None:
-    """The browser that colbench/env/frontend/browser.py takes: "" is Playwright's own, None that there is none."""
+    """The browser that colbench/env/frontend/browser.py uses.
+
+    "" is Playwright's own; None means that none was found."""
     caches = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
     own = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or caches / "ms-playwright")
     if named := os.environ.get("COLBENCH_CHROMIUM"):
@@ -48,7 +55,7 @@ def browser_program() -> str | None:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says why tests were skipped, where that can be helped."""
+    """Say why tests were skipped when the user can fix it."""
     if browser_program() is None:
         terminalreporter.write_line(f"tests that need a browser were skipped: {NO_BROWSER}")
 
@@ -58,11 +65,12 @@ needs_browser = pytest.mark.skipif(browser_program() is None, reason=NO_BROWSER)
 
 def help_page(script: str, env: str) -> str:
     """What `python SCRIPT.py --env ENV --help` prints."""
-    page, words = io.StringIO(), sys.argv
+    page = io.StringIO()
+    argv = sys.argv
     try:
         sys.argv = [f"{script}.py", "--env", env, "--help"]
         with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
             importlib.import_module(script).parse_args()
     finally:
-        sys.argv = words
+        sys.argv = argv
     return page.getvalue()

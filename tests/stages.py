@@ -1,5 +1,6 @@
-"""Runs of the scripts for tests, each a process of its own. It is forked from one that has imported torch, so that
-a start takes no time."""
+"""Run the scripts for tests, each in its own process.
+
+It is forked from one that has already imported torch, so it starts at once."""
 import atexit
 import json
 import os
@@ -16,8 +17,9 @@ FORKER = """if True:
     import atexit, importlib, json, logging, os, resource, runpy, signal, sys
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.path.insert(0, os.getcwd())
-    for name in ("collect", "evaluate", "train_critic", "train_policy", "colbench.env.frontend.environment", "openai",
-                 "peft", "transformers.models.llama.modeling_llama"):
+    for name in ("collect", "evaluate", "train_critic", "train_policy",
+                 "colbench.env.frontend.environment", "openai", "peft",
+                 "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
 
     def child(folder, output, script, arguments, file_size, environment, text):
@@ -25,13 +27,15 @@ FORKER = """if True:
         signal.alarm(600)
         os.chdir(folder)
         for number in range(3):
-            os.dup2(os.open(f"{output}/{number}", os.O_WRONLY if number else os.O_RDONLY), number)
+            mode = os.O_WRONLY if number else os.O_RDONLY
+            os.dup2(os.open(f"{output}/{number}", mode), number)
         sys.stdin = open(0, closefd=False)
         os.environ.update(environment)
         if file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         try:
-            sys.argv = [script, *arguments] if script.endswith(".py") else [script, *arguments[1:]]
+            skipped = 0 if script.endswith(".py") else 1  # the module of -m, the code of -c
+            sys.argv = [script, *arguments[skipped:]]
             if script == "-c":
                 exec(compile(arguments[0], "-c", "exec"), {"__name__": "__main__"})
             elif script == "-m":
@@ -39,15 +43,15 @@ FORKER = """if True:
             else:
                 runpy.run_path(script, run_name="__main__")
             code = 0
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        except KeyboardInterrupt:  # before the script's own handling of it begins
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except KeyboardInterrupt:  # before the script handles it itself
             code = 130
         except BaseException:
             import traceback
             traceback.print_exc()
             code = 1
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would tell of a Ctrl-C while it leaves
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # or Python reports a Ctrl-C during exit
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -64,15 +68,18 @@ _forker = _running = None
 
 
 def start(script, *args, cwd=ROOT, file_size=0, text="", **environment) -> int:
-    """Start a script, or `-m` MODULE, or `-c` CODE; returns its process id. One at a time. file_size: no file may
-    become larger. text: what stands at its stdin. environment: variables."""
+    """Start a script, or `-m` MODULE, or `-c` CODE, one at a time; returns its process id.
+
+    file_size: largest file that it may write, in bytes; 0: any. text: its stdin. environment:
+    variables."""
     global _forker, _output, _running
     if not _forker:
         _output = tempfile.TemporaryDirectory(prefix="colbench-tests-")
-        _forker = subprocess.Popen([sys.executable, "-c", FORKER], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        _forker = subprocess.Popen([sys.executable, "-c", FORKER], cwd=ROOT,
+                                   env={**os.environ, "HF_HUB_OFFLINE": "1"},
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         atexit.register(_forker.stdin.close)
-    if _running:  # of a test that failed
+    if _running:  # left by a test that failed
         os.kill(_running, signal.SIGKILL)
         wait()
     for name, content in (("0", text), ("1", ""), ("2", "")):
@@ -86,14 +93,15 @@ def start(script, *args, cwd=ROOT, file_size=0, text="", **environment) -> int:
 
 
 def wait() -> Done:
-    """The end of what was started."""
+    """Wait until the started process ends."""
     global _running
-    code, _running = int(_forker.stdout.readline()), None
+    code = int(_forker.stdout.readline())
+    _running = None
     return Done(code, *(Path(_output.name, name).read_text() for name in "12"))
 
 
 def run(script, *args, code=0, **settings) -> Done:
-    """Run a script (see `start`) to its end, which is to have this exit code; None: any."""
+    """Run a script (see `start`) to its end; expects this exit code, or any if None."""
     start(script, *args, **settings)
     done = wait()
     assert code in (None, done.returncode), done.stdout[-1000:] + done.stderr[-3000:]
@@ -101,7 +109,7 @@ def run(script, *args, code=0, **settings) -> Done:
 
 
 def refused(script, *args, **settings) -> str:
-    """The one line with which a script refuses its work."""
+    """The error line, the last of stderr, of a script that refuses to run."""
     done = run(script, *args, code=2, **settings)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1]

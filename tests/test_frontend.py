@@ -1,5 +1,4 @@
-"""Frontend Design without a browser where none is needed: protocol, tasks, rewards, reviewer, vision models. With
-one: the reviewer's sight."""
+"""Frontend Design: protocol, tasks, rewards, reviewer, vision models."""
 import base64
 import io
 import json
@@ -19,7 +18,13 @@ from colbench.env.dialogue import play
 from colbench.env.frontend import human as humans
 from colbench.env.frontend.browser import Picture, Renderer
 from colbench.env.frontend.environment import Frontend, load_opponent, win_rate
-from colbench.env.frontend.human import LONGEST_REPLY, MOST_PIXELS, PageHuman, Watcher, make_page_human
+from colbench.env.frontend.human import (
+    LONGEST_REPLY,
+    MOST_PIXELS,
+    PageHuman,
+    Watcher,
+    make_page_human,
+)
 from colbench.env.frontend.pages import BUSINESSES, compose, edits, expand, page_tasks
 from colbench.env.frontend.protocol import extract, final_page, page_shown
 from colbench.env.frontend.reviewer import NOTHING, SAME, align, colour, review
@@ -32,22 +37,25 @@ from edited_pages import OWN, own
 from stages import refused, run
 from tiny_vision import save_tiny_vision
 
-# ------------------------------------------------------------------------------------------------------------ protocol
+# ----------------------------------------------------------------------------------------- protocol
 
 PAGE = '<html class="a">\n<body>one</body></html>'
 
 
 @pytest.mark.parametrize("message, page", [
-    (f"Here: {PAGE} and {PAGE.replace('one', 'two')}", PAGE),  # the first one
+    (f"Here: {PAGE} and {PAGE.replace('one', 'two')}", PAGE),  # the first page
     (f"<!DOCTYPE html>\n{PAGE}", PAGE),  # quirks mode
-    ("<html><body>never closed</body>", "<body>never closed</body>"),  # then its body is the page
+    ("<html><body>never closed</body>", "<body>never closed</body>"),  # falls back to the body
     ("<html><body>never closed", None), ("no page", None), ("<HTML><BODY>x</BODY></HTML>", None),
-    ("I use the <html> tag: <html><body>x</body></html>", "<html> tag: <html><body>x</body></html>"),
-    ("<head><link></head><body>x</body>", "<body>x</body>"),  # loses its head
+    ("I use the <html> tag: <html><body>x</body></html>",
+     "<html> tag: <html><body>x</body></html>"),
+    ("<head><link></head><body>x</body>", "<body>x</body>"),  # the head is lost
     ('<html><img src="https://source.unsplash.com/random/30x20/?cat,dog"></html>',
      '<html><img src="https://picsum.photos/id/48/30/20,dog"></html>'),
-    ('<html><img src="https://picsum.photos/30/20"><img src="https://picsum.photos/id/7/3/2"></html>',
-     '<html><img src="https://picsum.photos/id/48/30/20"><img src="https://picsum.photos/id/7/3/2"></html>'),
+    ('<html><img src="https://picsum.photos/30/20">'
+     '<img src="https://picsum.photos/id/7/3/2"></html>',
+     '<html><img src="https://picsum.photos/id/48/30/20">'
+     '<img src="https://picsum.photos/id/7/3/2"></html>'),
 ])
 def test_published_extraction(message, page):
     assert extract(message) == page
@@ -65,7 +73,7 @@ def test_tolerant_extraction(message, page):
 
 
 class Says:
-    """An agent that reads its messages from a list."""
+    """An agent that takes its messages from a list."""
 
     def __init__(self, *messages):
         self.messages = list(messages)
@@ -75,7 +83,7 @@ class Says:
 
 
 class Hears:
-    """A human that keeps what it was shown."""
+    """A human that records the pages it was shown."""
 
     def __init__(self):
         self.seen = []
@@ -89,8 +97,8 @@ class Hears:
 def episode(*messages, max_turns=10):
     human = Hears()
     task = {"id": "a", "problem_description": "a page", "ground_truth": "<html></html>"}
-    batches = play(Says(*messages), human, [(task, 0)], agent_prompt="Ask.", answer=Frontend(None).answer,
-                   max_turns=max_turns)
+    batches = play(Says(*messages), human, [(task, 0)], agent_prompt="Ask.",
+                   answer=Frontend(None).answer, max_turns=max_turns)
     return [e for batch in batches for e in batch][0], human.seen
 
 
@@ -99,10 +107,11 @@ def test_answer_is_the_last_page_shown():
     done, seen = episode(f"thinking <html>0</html> OUTPUT:\n{first}", "OUTPUT: no page",
                          f"OUTPUT: I WANT TO ANSWER: {second} OUTPUT: x")
     assert (done["answer"], done["outcome"], seen) == (second, "answered", [first, None])
-    assert [m.get("screenshot") for m in done["dialogue_history"]] == [None, "0.png", None, "1.png", None, None]
-    # an answer without a page keeps the one before
+    screenshots = [m.get("screenshot") for m in done["dialogue_history"]]
+    assert screenshots == [None, "0.png", None, "1.png", None, None]
+    # an answer without a page keeps the page before it
     assert episode(first, "I WANT TO ANSWER: done")[0]["answer"] == first
-    # the marker counts behind OUTPUT: only
+    # the marker counts only after OUTPUT:
     done, seen = episode(f"I WANT TO ANSWER: OUTPUT: {first}", second, max_turns=2)
     assert (done["answer"], done["outcome"], seen) == (second, "limit", [first])
     assert episode("nothing", max_turns=1)[0]["answer"] == ""
@@ -115,13 +124,15 @@ def test_page_language():
     history = [{"role": "user", "content": request}]
     assert expand(history) is None
     for text in said:
-        history += [{"role": "assistant", "content": text}, {"role": "user", "content": "button green"}]
+        history += [{"role": "assistant", "content": text},
+                    {"role": "user", "content": "button green"}]
     wanted = compose(business, {"columns": "2", "menu": "left", "button": "red"})
-    assert expand(history) == final_page(history, "edits") == page_shown(history[:6], "edits") == wanted
+    assert expand(history) == final_page(history, "edits") == wanted
+    assert page_shown(history[:6], "edits") == wanted
     assert edits(said[1]) == {} and page_shown(history[:4], "edits") is None
 
 
-# --------------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 def test_bundled_tasks():
@@ -130,8 +141,8 @@ def test_bundled_tasks():
     assert Frontend.tasks("pages:train", 5) == train[:5] == page_tasks("train", 5)
     pages = [{task["ground_truth"] for task in split} for split in (train, test)]
     assert not pages[0] & pages[1] and len(pages[0]) > 380
-    # the request settles none of the details: each occurs with pages of every value
     assert all({"problem_description", "ground_truth", "id"} == set(task) for task in train)
+    # requests say nothing about the details: one request per business
     assert len({task["problem_description"] for task in train}) == len(BUSINESSES)
 
 
@@ -142,15 +153,16 @@ def test_published_format(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = Frontend.tasks(path)
     assert [task["id"] for task in tasks] == [tasks[0]["id"], "x"] and len(tasks[0]["id"]) == 12
-    for row, words in (({"problem_description": "a"}, "ground_truth: missing"),
-                       ({"problem_description": 3, "ground_truth": PAGE}, "a text is wanted, this is 3"),
-                       ({"problem_description": "a", "ground_truth": "def f(): pass"}, "not a page")):
+    for row, words in (
+        ({"problem_description": "a"}, "ground_truth: missing"),
+        ({"problem_description": 3, "ground_truth": PAGE}, "expected a string, got 3"),
+        ({"problem_description": "a", "ground_truth": "def f(): pass"}, "not a page"),
+    ):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"tasks.jsonl:2: .*{words}"):
             Frontend.tasks(path)
-    trajectory = {"task": rows[0],
-                  "dialogue_history": [{"role": "user", "content": "a page"}, {"role": "assistant", "content": PAGE}]}
-    path.write_text(json.dumps(trajectory) + "\n")
+    dialogue = [{"role": "user", "content": "a page"}, {"role": "assistant", "content": PAGE}]
+    path.write_text(json.dumps({"task": rows[0], "dialogue_history": dialogue}) + "\n")
     assert load_trajectories(path, Frontend.check_task)[0]["task"]["ground_truth"] == PAGE
 
 
@@ -161,14 +173,14 @@ def _write(path, *rows):
 
 def test_websight_by_one_command(tmp_path):
     if not find_spec("datasets"):
-        pytest.skip("needs the package datasets, of tests/requirements.txt")
-    rows = [{"text": f'<html>{i}<img src="https://picsum.photos/3/2"></html>', "llm_generated_idea": f"idea {i}",
-             "image": "x"} for i in range(7)]
+        pytest.skip("needs the package datasets from tests/requirements.txt")
+    rows = [{"text": f'<html>{i}<img src="https://picsum.photos/3/2"></html>',
+             "llm_generated_idea": f"idea {i}", "image": "x"} for i in range(7)]
     (tmp_path / "source").mkdir()
     _write(tmp_path / "source" / "train.jsonl", *rows)
 
-    command = ["-m", "colbench.env.frontend.tasks", "--source", tmp_path / "source", "--output", tmp_path / "out",
-               "--n"]
+    command = ["-m", "colbench.env.frontend.tasks", "--source", tmp_path / "source",
+               "--output", tmp_path / "out", "--n"]
     run(*command, 3)
     test = Frontend.tasks(tmp_path / "out" / "test.jsonl")
     assert [task["problem_description"] for task in test] == ["idea 3", "idea 4", "idea 5"]
@@ -176,18 +188,19 @@ def test_websight_by_one_command(tmp_path):
     assert "too few rows" in refused(*command, 5)
 
 
-# -------------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    """A CLIP with random weights in the hub's format: it runs the real loading code, its numbers mean nothing."""
+    """A CLIP with random weights in the hub's format, to run the real loading code."""
     from transformers import CLIPConfig, CLIPModel
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, patch_size=32,
-                  projection_dim=32)
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100)
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                  patch_size=32, projection_dim=32)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=100)
     config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=32)
     CLIPModel(config).save_pretrained(folder)
     return str(folder)
@@ -195,25 +208,29 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory):
-    """Real pages: a reference, a light and a heavy edit of it, for five businesses."""
+    """For each of five businesses the pictures of a page, a light and a heavy edit of it."""
     with Renderer(tmp_path_factory.mktemp("shots"), layout=True) as renderer:
         rows = []
         for business in list(BUSINESSES)[:5]:
             base = {"columns": "3", "picture": "left", "background": "white"}
-            heavy = base | {"background": "dark", "picture": "none", "columns": "1", "menu": "left", "form": "three"}
-            rows.append(renderer.render([compose(business, d) for d in (base, base | {"button": "red"}, heavy)]))
+            light = base | {"button": "red"}
+            heavy = base | {"background": "dark", "picture": "none", "columns": "1",
+                            "menu": "left", "form": "three"}
+            rows.append(renderer.render([compose(business, d) for d in (base, light, heavy)]))
         yield rows
 
 
 @pytest.mark.slow
 @needs_browser
-def test_clip_gives_the_numbers_of_the_library(tiny_clip, shots):
+def test_clip_equals_the_library(tiny_clip, shots):
     from transformers import CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     paths = [picture.path for row in shots for picture in row]
-    images = [Image.open(path).convert("RGB") for path in paths] + [Image.new("RGB", (224, 224), "black")]
+    images = [Image.open(path).convert("RGB") for path in paths]
+    images.append(Image.new("RGB", (224, 224), "black"))
     pixels = CLIPImageProcessorPil()(images, return_tensors="pt")["pixel_values"]
-    np.testing.assert_array_equal(np.stack([preprocess(image) for image in images]), pixels.numpy())
+    ours = np.stack([preprocess(image) for image in images])
+    np.testing.assert_array_equal(ours, pixels.numpy())
     with torch.no_grad():
         wanted = CLIPModel.from_pretrained(tiny_clip).get_image_features(pixel_values=pixels)
         wanted = getattr(wanted, "pooler_output", wanted)
@@ -222,10 +239,10 @@ def test_clip_gives_the_numbers_of_the_library(tiny_clip, shots):
     np.testing.assert_allclose(clip.embed([*paths, None]), wanted.numpy(), atol=2e-5)
     got = clip.similarities([(paths[0], paths[0]), (None, paths[0]), (paths[1], paths[2])])
     np.testing.assert_allclose(got, [1, wanted[-1] @ wanted[0], wanted[1] @ wanted[2]], atol=2e-5)
-    assert tiny_clip in clip.name  # never under the name of the real one
+    assert tiny_clip in clip.name  # never named like the real CLIP
 
 
-def test_no_clip_is_one_line(tmp_path):
+def test_missing_clip_is_reported_in_one_line(tmp_path):
     with pytest.raises(UserError, match="--measure pixels") as error:
         make_measure(str(tmp_path / "nothing"))
     assert "\n" not in str(error.value)
@@ -236,8 +253,8 @@ def test_no_clip_is_one_line(tmp_path):
 def test_heavier_edits_score_lower(name, tiny_clip, shots):
     measure = make_measure("pixels" if name == "pixels" else tiny_clip, "cpu")
     for same, light, heavy in shots:
-        a, b, c, d = measure.similarities([(same.path, same.path), (light.path, same.path), (heavy.path, same.path),
-                                           (None, same.path)])
+        paths = [same.path, light.path, heavy.path, None]
+        a, b, c, d = measure.similarities([(path, same.path) for path in paths])
         assert a == pytest.approx(1, abs=1e-5) and a > b > c, (a, b, c)
         assert d < b
 
@@ -250,14 +267,16 @@ def test_pixel_measure_by_hand(tmp_path):
         image.save(tmp_path / name)
         return tmp_path / name
     white, gray = save("white.png"), save("gray.png", ("#cccccc", (0, 0, 80, 40)))
-    # half of the coarse view differs by 51/255 = 0.2, so m is 0.1 and C 0.8; no cell of either has any detail
+    # half of the coarse view differs by 51/255 = 0.2, so m = 0.1 and C = 0.8; neither has detail
     assert Pixels().similarities([(gray, white)])[0] == pytest.approx((2 * 0.8 + 1) / 3)
-    assert Pixels().similarities([(white, save("taller.png", size=(80, 160)))])[0] == 1  # white below white
-    # black against white, both without detail
+    taller = save("taller.png", size=(80, 160))
+    assert Pixels().similarities([(white, taller)])[0] == 1  # the added half is white too
+    # black and white differ completely; neither has detail
     assert Pixels().similarities([(None, white)])[0] == pytest.approx(1 / 3)
-    # a black bar of 4 x 8 px, 1 x 2 of the coarse view, makes detail in one cell and, smoothed, in 5 x 5; in the other
-    # picture it is six cells further to the right
-    one, other = (save(f"{x}.png", ("black", (x, 16, x + 4, 24)), size=(128, 128)) for x in (16, 64))
+    # a black bar of 4 x 8 px (1 x 2 px of the coarse view) makes detail in one cell; smoothed, in
+    # 5 x 5 cells. In the other picture it is six cells further to the right.
+    one, other = (save(f"{x}.png", ("black", (x, 16, x + 4, 24)), size=(128, 128))
+                  for x in (16, 64))
     coarse, detail = Pixels().parts(one, other)
     assert coarse == pytest.approx(1 - 2 * 4 / 32 ** 2) and detail == 0
     assert Pixels().parts(one, white) == (pytest.approx(1 - 2 * 2 / 32 ** 2), 0)
@@ -268,21 +287,26 @@ def test_pixel_measure_by_hand(tmp_path):
 @needs_browser
 def test_pixel_measure_puts_edits_in_order(tmp_path):
     with Renderer(tmp_path) as renderer:
-        shots = [[picture.path for picture in renderer.render([page, *others])] for page, others in own()]
+        shots = [[picture.path for picture in renderer.render([page, *others])]
+                 for page, others in own()]
         blank = renderer.render(["<html></html>"])[0].path
     wrong = set()
-    for name, (reference, *others) in zip(OWN, shots):
-        scores = Pixels().similarities([(path, reference) for path in others])
-        assert all(0 <= score < 1 for score in scores) and Pixels().similarities([(reference, reference)]) == [1]
-        empty = max(Pixels().similarities([(blank, reference), (None, reference)]))
+    for name, (hidden_page, *others) in zip(OWN, shots):
+        scores = Pixels().similarities([(path, hidden_page) for path in others])
+        assert all(0 <= score < 1 for score in scores)
+        assert Pixels().similarities([(hidden_page, hidden_page)]) == [1]
+        empty = max(Pixels().similarities([(blank, hidden_page), (None, hidden_page)]))
         assert empty < scores[0 if name == "sparse" else 1] and empty <= 2 / 3
         named = zip(("near", "moderate", "major", "unrelated"), scores)
-        wrong |= {(name, closer, further) for (closer, a), (further, b) in combinations(named, 2) if not a > b}
-    # the unrelated page has the same ground there, and the edit leaves little; plain thumbnails do not see it either
-    assert wrong == {(name, "major", "unrelated") for name in ("shop", "gallery", "blog", "picture across")}
+        wrong |= {(name, closer, further)
+                  for (closer, a), (further, b) in combinations(named, 2) if not a > b}
+    # here the unrelated page has the same background and the major edit leaves little; plain
+    # thumbnails get these wrong too
+    assert wrong == {(name, "major", "unrelated")
+                     for name in ("shop", "gallery", "blog", "picture across")}
 
 
-# ------------------------------------------------------------------------------------------------------------ reviewer
+# ----------------------------------------------------------------------------------------- reviewer
 
 
 @pytest.fixture(scope="module")
@@ -297,43 +321,49 @@ def look(tmp_path_factory):
     ({"background": "dark"}, "background should be dark gray"),
     ({"menu": "left"}, "navigation bar should be a sidebar on the left"),
     ({"headline": "centre"}, "headline should be centred"),
-    ({"picture": "right"}, "one picture, on the right"), ({"picture": "wide"}, "one picture, over the whole width"),
+    ({"picture": "right"}, "one picture, on the right"),
+    ({"picture": "wide"}, "one picture, over the whole width"),
     ({"columns": "2"}, "2 columns, not 1"), ({"button": "red"}, "button should be red, not blue"),
     ({"form": "three"}, "3 input fields"),
 ])
 def test_reviewer_names_the_edit_that_was_made(look, edit, words):
-    mine, wanted = look(compose("Oak Hall", {}), compose("Oak Hall", edit))
-    text = review(mine, wanted)
+    shown, wanted = look(compose("Oak Hall", {}), compose("Oak Hall", edit))
+    text = review(shown, wanted)
     assert words in text
-    assert review(wanted, wanted) == SAME and text.count(".") <= 3 and "<" not in text and "bg-" not in text
-    assert text == review(mine, wanted)
+    assert text.count(".") <= 3 and "<" not in text and "bg-" not in text
+    assert text == review(shown, wanted)
+    assert review(wanted, wanted) == SAME
     assert review(None, wanted) == NOTHING
 
 
-SHEET = '<link href="https://cdn.jsdelivr.net/npm/tailwindcss@2.2.19/dist/tailwind.min.css" rel="stylesheet">'
+SHEET = ('<link href="https://cdn.jsdelivr.net/npm/tailwindcss@2.2.19/dist/tailwind.min.css" '
+         'rel="stylesheet">')
 
 
 @needs_browser
 @pytest.mark.parametrize("old, new, words", [
     ("text-4xl", "text-xl", "headline should be smaller"),
     ("Our shop", "Fine wines", 'headline should read "Fine wines"'),
-    ("font-serif", "font-sans", "font without serifs"), ("text-black", "text-red-600", "headline should be red"),
+    ("font-serif", "font-sans", "font without serifs"),
+    ("text-black", "text-red-600", "headline should be red"),
     ("<footer", "<div hidden", "no footer"), ("<tr><td>2</td></tr>", "", "one row, not 2"),
     ("500/300", "200/120", "picture should be smaller"),
     ("<img", "<img src=https://picsum.photos/id/48/500/300><img", "2 pictures, not 1"),
     ('<a href="#">Two</a>', "", "one link, not 2"),
 ])
-def test_reviewer_on_a_page_of_another_kind(look, old, new, words):
-    page = (f'<html>{SHEET}<body class="font-serif"><header class="p-4"><h1 class="text-4xl text-black">Our shop</h1>'
+def test_reviewer_on_a_different_page(look, old, new, words):
+    page = (f'<html>{SHEET}<body class="font-serif"><header class="p-4">'
+            '<h1 class="text-4xl text-black">Our shop</h1>'
             '<a href="#">One</a><a href="#">Two</a></header><section class="p-8">'
-            '<img src="https://picsum.photos/id/48/500/300"><p>We sell many things that you may want to have.</p>'
+            '<img src="https://picsum.photos/id/48/500/300">'
+            '<p>We sell many things that you may want to have.</p>'
             '<table><tr><td>1</td></tr><tr><td>2</td></tr></table></section>'
             '<footer class="bg-blue-800 text-white p-6">The end of it</footer></body></html>')
     assert old in page
     assert words in review(*look(page, page.replace(old, new)))
 
 
-def test_bands_are_matched_by_what_they_are():
+def test_bands_are_aligned_by_their_content():
     def band(text, kind="section"):
         return {"text": text, "kind": kind, "columns": 1, "pictures": 0}
     a, b, c, d = band("Welcome to us"), band("Prices"), band("Contact"), band("(c) us", "footer")
@@ -345,7 +375,8 @@ def test_names_of_colours():
     names = {(255, 255, 255): "white", (0, 0, 0): "black", (243, 244, 246): "very light gray",
              (31, 41, 55): "dark gray", (191, 219, 254): "pale blue", (37, 99, 235): "blue",
              (30, 58, 138): "dark blue", (220, 38, 38): "red", (5, 150, 105): "dark green",
-             (255, 251, 235): "very pale yellow", (245, 158, 11): "orange", (124, 58, 237): "purple"}
+             (255, 251, 235): "very pale yellow", (245, 158, 11): "orange",
+             (124, 58, 237): "purple"}
     assert {rgb: colour(rgb) for rgb in names} == names
 
 
@@ -355,22 +386,28 @@ def test_page_human(tmp_path):
         human = make_page_human("scripted", renderer, page_shown)
         blue, giant = compose("Oak Hall", {"background": "blue"}), "x" * 3_000_000
         tasks = [{"ground_truth": page} for page in (blue, blue, blue, giant)]
-        shown = [compose("Oak Hall", {}), "no page", "<html>" + "x" * 3_000_000 + "</html>", compose("Oak Hall", {})]
-        texts = human.reply(tasks, [[{"role": "assistant", "content": page}] for page in shown], range(4))
+        shown = [compose("Oak Hall", {}), "no page", f"<html>{giant}</html>",
+                 compose("Oak Hall", {})]
+        histories = [[{"role": "assistant", "content": page}] for page in shown]
+        texts = human.reply(tasks, histories, range(4))
         assert "pale blue" in texts[0] and texts[1] == texts[2] == NOTHING
         assert isinstance(texts[3], RuntimeError) and "larger than" in str(texts[3])
         assert (tmp_path / human.notes[0]["screenshot"]).exists()
-        assert human.notes[1] == {} and "larger than" in human.notes[2]["not_rendered"] and human.leaked == [False] * 4
+        assert human.notes[1] == {} and "larger than" in human.notes[2]["not_rendered"]
+        assert human.leaked == [False] * 4
         with pytest.raises(UserError, match="sees no pictures"):
             make_page_human("self", renderer, page_shown)
 
 
-# ------------------------------------------------------------------------------------------------------- vision models
+# ------------------------------------------------------------------------------------ vision models
 
 
 @pytest.fixture()
 def server():
-    """A real HTTP server that speaks the protocol. `replies`: (status, text) or "hang", in turn; the last one stays."""
+    """A real HTTP server that speaks the protocol.
+
+    replies: (status, text) or "hang", one per request; the last one repeats.
+    """
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
@@ -411,19 +448,21 @@ def server():
 
 
 def _completion(text):
+    message = {"role": "assistant", "content": text}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "watcher",
             "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
 
 
 class Album:
-    """Stands where a renderer does: every "page" is the path of a picture."""
+    """Replaces a renderer: every "page" is the path of a picture."""
 
     def __init__(self, layout=False):
         pass
 
     def render(self, pages):
-        return [Picture(Path(page), None, None) if page else Picture(None, "no page", None) for page in pages]
+        return [Picture(Path(page), None, None) if page else Picture(None, "no page", None)
+                for page in pages]
 
 
 @pytest.fixture()
@@ -434,8 +473,8 @@ def album(tmp_path):
 
 
 def ask(human, *shown, task):
-    return human.reply([task] * len(shown), [[{"role": "assistant", "content": page or ""}] for page in shown],
-                       range(len(shown)))
+    histories = [[{"role": "assistant", "content": page or ""}] for page in shown]
+    return human.reply([task] * len(shown), histories, range(len(shown)))
 
 
 def shown(history):
@@ -446,12 +485,15 @@ def test_what_the_server_gets(server, album):
     server.replies = [(200, "<think>hm</think>" + "x" * 1500)]
     human = make_page_human(server.url, Album(), shown)
     assert ask(human, album[0], None, task=album[1]) == ["x" * LONGEST_REPLY] * 2
-    with_picture, without = sorted(server.requests, key=lambda body: -len(body["messages"][0]["content"]))
+    with_picture, without = sorted(server.requests,
+                                   key=lambda body: -len(body["messages"][0]["content"]))
     assert with_picture["temperature"] == 0 and with_picture["model"] == "watcher"
     assert len(with_picture["messages"]) == 1
-    pictures = [Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split("base64,")[1])))
-                for part in with_picture["messages"][0]["content"] if part["type"] == "image_url"]
-    assert [picture.getpixel((5, 5)) for picture in pictures] == [(255, 0, 0), (0, 0, 255)]  # the agent's first
+    urls = [part["image_url"]["url"] for part in with_picture["messages"][0]["content"]
+            if part["type"] == "image_url"]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(url.split("base64,")[1]))) for url in urls]
+    # the agent's picture comes first
+    assert [picture.getpixel((5, 5)) for picture in pictures] == [(255, 0, 0), (0, 0, 255)]
     assert pictures[0].size == (1366, 768)
     assert 0.99 * MOST_PIXELS < pictures[1].width * pictures[1].height <= MOST_PIXELS  # scaled
     assert pictures[1].width / pictures[1].height == pytest.approx(1366 / 9000, rel=0.01)
@@ -460,21 +502,23 @@ def test_what_the_server_gets(server, album):
 
 
 def test_errors_of_the_server_end_only_that_dialogue(server, album):
-    human = PageHuman(Album(), shown,
-                      Watcher(ServerChat(server.url, "watcher", timeout=1, max_retries=1, concurrency=1)))
+    chat = ServerChat(server.url, "watcher", timeout=1, max_retries=1, concurrency=1)
+    human = PageHuman(Album(), shown, Watcher(chat))
     server.replies = [(400, "the prompt is too long"), (500, "oops"), (500, "oops"), (200, "fine")]
     bad, broken, fine = ask(human, album[0], album[0], album[0], task=album[1])
     assert "too long" in str(bad) and "oops" in str(broken) and fine == "fine"
     assert isinstance(bad, Exception) and isinstance(broken, Exception)
-    assert len(server.requests) == 4  # a 400 is sent once, a 500 again
+    assert len(server.requests) == 4  # a 400 is not retried, a 500 is
     server.replies = ["hang", "hang", (200, "fine")]
     late, fine = ask(human, album[0], album[0], task=album[1])
     assert isinstance(late, Exception) and "timed out" in str(late).lower() and fine == "fine"
     task = {"id": "a", "problem_description": "a page", **album[1]}
     server.replies = [(400, "no")]
-    done = [e for batch in play(Says(album[0]), human, [(task, 0)], agent_prompt="Ask.",
-                                   answer=Frontend(None).answer) for e in batch][0]
-    assert done["outcome"] == "simulation_failed" and done["error"].startswith("human: ") and "reward" not in done
+    batches = play(Says(album[0]), human, [(task, 0)], agent_prompt="Ask.",
+                   answer=Frontend(None).answer)
+    done = [e for batch in batches for e in batch][0]
+    assert done["outcome"] == "simulation_failed" and done["error"].startswith("human: ")
+    assert "reward" not in done
 
 
 def test_local_vision_model(tmp_path, album):
@@ -483,32 +527,34 @@ def test_local_vision_model(tmp_path, album):
     texts = ask(human, album[0], None, task=album[1])
     assert all(isinstance(text, str) and text for text in texts) and len(texts[0]) <= LONGEST_REPLY
     assert texts == ask(human, album[0], None, task=album[1])
-    with pytest.raises(UserError, match="vision model is wanted"):
+    with pytest.raises(UserError, match="hub id or folder of a vision model"):
         make_page_human(str(EMBEDDED["tiny"]), Album(), shown)
 
 
 def test_vision_critic_gradient_is_that_of_the_loss(tmp_path, album):
-    """One turn at a time gives the gradient of (2) as written down."""
+    """Computing it turn by turn gives the gradient of equation (2)."""
     from colbench.train.vision_critic import Critic, pair_step
     torch.manual_seed(0)
     critic = Critic(save_tiny_vision(tmp_path / "vision"), lora_rank=2)
     torch.nn.init.normal_(critic.model.value_head.weight)
     wanted = album[1]["ground_truth"]
-    chosen, rejected = [("a page", album[0], wanted), ("a page", wanted, wanted)], [("a page", None, wanted)]
+    chosen = [("a page", album[0], wanted), ("a page", wanted, wanted)]
+    rejected = [("a page", None, wanted)]
     loss, margin = pair_step(critic, chosen, rejected, beta=0.7, weight=0.5)
     got = [p.grad.clone() for p in critic.parameters()]
     for p in critic.parameters():
         p.grad = None
-    difference = sum(critic.advantage(*turn) for turn in chosen) - sum(critic.advantage(*turn) for turn in rejected)
+    difference = (sum(critic.advantage(*turn) for turn in chosen)
+                  - sum(critic.advantage(*turn) for turn in rejected))
     whole = -torch.nn.functional.logsigmoid(0.7 * difference)
     (0.5 * whole).backward()
     assert (loss, margin) == pytest.approx((whole.item(), difference.item()), abs=1e-5)
-    for mine, parameter in zip(got, critic.parameters()):
-        torch.testing.assert_close(mine, parameter.grad, atol=1e-5, rtol=1e-4)
-    assert any(g.abs().max() > 0 for g in got[:-2])  # not the head alone
+    for gradient, parameter in zip(got, critic.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-4)
+    assert any(g.abs().max() > 0 for g in got[:-2])  # not only the head
 
 
-# ------------------------------------------------------------------------------------------------------------ win rate
+# ----------------------------------------------------------------------------------------- win rate
 
 
 def line(task, value, policy="base", sample=0):

@@ -1,5 +1,4 @@
-"""The layout: layers that import downwards, scripts that stand alone, one base class for
-environments."""
+"""The layout: layers import only downwards, each script runs alone, one environment base class."""
 import ast
 import json
 import re
@@ -21,18 +20,19 @@ TWENTY = ROOT / "tests" / "twenty_questions.py"
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports anywhere in it."""
-    found = set()
+    """All modules that a file imports, at any depth."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
-@pytest.mark.parametrize("path", [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("colbench/**/*.py"))])
-def test_a_layer_imports_only_layers_below_it(path):
+@pytest.mark.parametrize("path", [str(p.relative_to(ROOT))
+                                  for p in sorted(ROOT.glob("colbench/**/*.py"))])
+def test_a_layer_only_imports_layers_below_it(path):
     modules = imported(ROOT / path)
     assert modules.isdisjoint(SCRIPTS)
     parts = Path(path).parts
@@ -44,22 +44,25 @@ def test_a_layer_imports_only_layers_below_it(path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_no_script_imports_a_script_or_asks_which_environment_it_runs_on(script):
+def test_no_script_imports_another_or_checks_its_environment(script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert imported(ROOT / f"{script}.py").isdisjoint(SCRIPTS)
     assert not re.search(r"\bfrontend\b|args\.env\b *[=!]=", text.split('"""')[2])
 
 
-def test_the_top_level_holds_what_the_card_has():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    top = {path.split("/")[0] for path in tracked.split()}
+def test_the_top_level_has_no_other_files():
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+                             check=True)
+    top = {path.split("/")[0] for path in listing.stdout.split()}
     assert {name for name in top if not name.startswith(".")} == {
-        "README.md", "requirements.txt", "colbench", "tests", *(f"{script}.py" for script in SCRIPTS)}
+        "README.md", "requirements.txt", "colbench", "tests",
+        *(f"{script}.py" for script in SCRIPTS)}
 
 
 def test_nothing_happens_at_import(tmp_path):
-    """Importing every module of the package leaves warnings, loggers and torch's settings as they were."""
-    modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in ROOT.glob("colbench/**/*.py")]
+    """Importing every module leaves warnings, loggers and torch's settings unchanged."""
+    modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".")
+               for p in ROOT.glob("colbench/**/*.py")]
     code = ("import logging, warnings, torch\n"
             "import accelerate, transformers, tqdm, numpy, peft, playwright, PIL, openai\n"
             "before = len(warnings.filters), logging.getLogger('bitsandbytes').level\n"
@@ -67,38 +70,47 @@ def test_nothing_happens_at_import(tmp_path):
             f"for name in {modules}:\n"
             "    __import__(name)\n"
             "assert (torch.tensor([1e-40]) * 1 == tiny).all() and tiny.item() > 0\n"
-            "assert before == (len(warnings.filters), logging.getLogger('bitsandbytes').level)\n")
+            "after = len(warnings.filters), logging.getLogger('bitsandbytes').level\n"
+            "assert before == after\n")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
-    """A run folder in which the four scripts played twenty questions, each alone in a folder with colbench/; the
-    table."""
+    """A run folder of Twenty Questions and the printed table.
+
+    Each of the four scripts ran in its own folder, with only colbench/.
+    """
     home = tmp_path_factory.mktemp("twenty")
     sizes = {"collect": "--n-tasks 8 --k 4 --max-turns 5 --n-candidates 6 --max-new-tokens 24",
-             "train_critic": "--epochs 1 --pairs-per-task 2", "train_policy": "--epochs 1 --pairs-per-state 1",
+             "train_critic": "--epochs 1 --pairs-per-task 2",
+             "train_policy": "--epochs 1 --pairs-per-state 1",
              "evaluate": "--max-turns 5 --max-new-tokens 24"}
     for script, flags in sizes.items():
-        alone = home / script
-        shutil.copytree(ROOT / "colbench", alone / "colbench", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / f"{script}.py", alone)
-        command = [sys.executable, f"{script}.py", "--env", TWENTY, "--run", home / "run", *flags.split()]
-        done = subprocess.run(command, cwd=alone, capture_output=True, text=True)
+        folder = home / script
+        shutil.copytree(ROOT / "colbench", folder / "colbench",
+                        ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / f"{script}.py", folder)
+        command = [sys.executable, f"{script}.py", "--env", TWENTY, "--run", home / "run",
+                   *flags.split()]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     return home / "run", done.stdout
 
 
-def test_twenty_questions_runs_through_all_four_scripts_each_alone(twenty):
+def test_each_script_on_its_own_runs_twenty_questions(twenty):
     folder, output = twenty
     trajectories = [json.loads(line) for line in (folder / "trajectories.jsonl").open()]
-    replies = {m["content"] for t in trajectories for m in t["dialogue_history"][1:] if m["role"] == "user"}
+    replies = {m["content"] for t in trajectories for m in t["dialogue_history"][1:]
+               if m["role"] == "user"}
     assert len(trajectories) == 32 and "No." in replies
-    for t in trajectories:  # the score is the file's own
+    for t in trajectories:  # scored as in twenty_questions.py
         word = t["task"]["ground_truth"]
         share = sum(letter in t["answer"].lower() for letter in set(word)) / len(set(word))
-        assert t["reward"] == pytest.approx(share / 10) and t["scores"] == {"letters": round(share, 3)}
-    prompts = [m["input"] for t in trajectories for m in t["dialogue_history"] if m["role"] == "assistant"]
+        assert t["reward"] == pytest.approx(share / 10)
+        assert t["scores"] == {"letters": round(share, 3)}
+    prompts = [m["input"] for t in trajectories for m in t["dialogue_history"]
+               if m["role"] == "assistant"]
     assert all("thinks of a word. You have 5 messages" in prompt for prompt in prompts)
     states = [json.loads(line) for line in (folder / "preferences.jsonl").open()]
     assert states and all(len(s["candidates"]) == len(s["advantages"]) for s in states)
@@ -110,7 +122,7 @@ def test_twenty_questions_runs_through_all_four_scripts_each_alone(twenty):
     assert re.search(r"^ +found +success +95 % interval +reward +turns", output, re.MULTILINE)
 
 
-def test_what_people_look_at_works_on_it_too(twenty):
+def test_comparison_and_report_work_on_twenty_questions(twenty):
     folder, _ = twenty
     printed = run("-m", "colbench.look.comparison", folder).stdout
     assert "10 episodes on 10 tasks" in printed and "reward" in printed
@@ -119,13 +131,15 @@ def test_what_people_look_at_works_on_it_too(twenty):
     assert "I am thinking of a word with" in (folder / "report.html").read_text()
 
 
-def test_a_file_that_is_no_environment_is_refused_in_one_line(tmp_path):
-    cases = {"class A: pass": "one class that extends", "import nothing_like_it": "does not load: ModuleNotFoundError",
-             "def (": "does not load: SyntaxError", "raise SystemExit(3)": "does not load: SystemExit"}
-    for i, (text, words) in enumerate(cases.items()):
+def test_a_file_without_an_environment_is_refused_in_one_line(tmp_path):
+    cases = {"class A: pass": "one class that extends",
+             "import nothing_like_it": "does not load: ModuleNotFoundError",
+             "def (": "does not load: SyntaxError",
+             "raise SystemExit(3)": "does not load: SystemExit"}
+    for i, (text, message) in enumerate(cases.items()):
         path = tmp_path / f"file{i}.py"
         path.write_text(text)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             load_environment(str(path))
     with pytest.raises(UserError, match="backend, frontend or an existing FILE.py"):
         load_environment("no_such.py")

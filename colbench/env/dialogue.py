@@ -13,7 +13,7 @@ collect.py and evaluate.py both call `play`.
 """
 from colbench.env.data import FAILED, failed
 from colbench.lm.server import ServerChat
-from colbench.lm.texts import MARKER, kept_beside, spent_on
+from colbench.lm.texts import MARKER, spent_on, usage_fields
 from colbench.lm.tokens import render
 from colbench.run.errors import UserError
 from colbench.run.files import append_jsonl, seed_of
@@ -158,7 +158,7 @@ def add_agent_turn(agent, episode: dict, prompt: list[dict], messages: list, ans
         return
     content, output = said(messages[0].text)
     turn = {"role": "assistant", "content": content, "output": output}
-    turn |= kept_beside(messages[0]._replace(spent=spent_on(*messages)))  # all candidates count
+    turn |= usage_fields(messages[0]._replace(spent=spent_on(*messages)))  # all candidates count
     tokenizer = getattr(agent, "tokenizer", None)
     if tokenizer:  # a server does not show its chat template
         turn["input"] = render(tokenizer, prompt)

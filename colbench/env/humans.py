@@ -9,7 +9,7 @@ After a call it may have these attributes, each B long:
     leaked     bools: whether the first draft of the reply contained hidden code
     thoughts   strings: what it thought before it replied; kept, never shown to the agent
     notes      dicts kept with the agent's messages (a screenshot)
-    about      dicts kept with the replies (from `kept_beside`)
+    about      dicts kept with the replies (from `usage_fields`)
 `repeatable` says whether equal calls get equal replies.
 """
 import io
@@ -19,7 +19,7 @@ from collections import namedtuple
 from functools import lru_cache
 
 from colbench.lm.server import ServerChat, is_address
-from colbench.lm.texts import OnlyThoughts, Reply, kept_beside, reply_alone, spent_on
+from colbench.lm.texts import OnlyThoughts, Reply, reply_alone, spent_on, usage_fields
 from colbench.run.errors import UserError
 from colbench.run.files import seed_of
 from colbench.run.settings import hide_password
@@ -92,7 +92,7 @@ class ModelHuman:
                 drafts[i] = drafts[i]._replace(text=text or UNKNOWN, spent=both, cut=cut)
         self.leaked = leaking
         self.thoughts = [getattr(draft, "thoughts", "") for draft in drafts]
-        self.about = [kept_beside(draft) if isinstance(draft, Reply) else {}
+        self.about = [usage_fields(draft) if isinstance(draft, Reply) else {}
                       for draft in drafts]
         self.leaks += sum(leaking)
         self.replies += sum(not isinstance(draft, Exception) for draft in drafts)

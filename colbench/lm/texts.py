@@ -80,7 +80,7 @@ def spent_on(*replies) -> tuple[int, int] | None:
     return sum(read for read, _ in known), sum(written for _, written in known)
 
 
-def kept_beside(reply: Reply) -> dict:
+def usage_fields(reply: Reply) -> dict:
     """What is stored with a message: "tokens" (its own), "read", "written" (with all tries), "cut".
 
     "written" only if it differs from "tokens", "cut" only if true, and nothing that is unknown.

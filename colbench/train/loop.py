@@ -45,7 +45,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
                        "stays the same")
     group.add_argument("--max-tokens", type=int, help="leave out examples with more tokens")
     group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-    group.add_argument("--seed", type=int, default=0, help="of pairs, order and LoRA's start")
+    group.add_argument("--seed", type=int, default=0,
+                       help="for pairs, their order, and LoRA's initial weights")
 
 
 # ---- the log of the steps

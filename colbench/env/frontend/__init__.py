@@ -1,11 +1,12 @@
-"""Frontend Design, the other half of ColBench.
+"""Frontend Design, the second half of ColBench.
 
-An agent shows web pages, a simulated human says how they differ from the one it wants.
+The agent shows web pages. A simulated human says how they differ from the page it wants.
 
-    browser, worker, layout, resources    pages to pictures in a real Chromium, offline and watched
-    protocol, pages                       what counts as a page in a message; the bundled tasks and their page language
-    human, reviewer                       who looks at the pages: a vision model, or a scripted comparison
-    score                                 CLIP similarity, or a measure of pixels that needs no weights
-    tasks                                 the published format, and WebSight by one command
-    environment                           all of it as the contract of colbench.env.base wants it
+    browser, worker, layout     pages to pictures in a real Chromium: offline, sandboxed
+    resources, configuration    which requests of a page are answered, which of its scripts run
+    protocol                    which part of a message is the page
+    pages, tasks                the bundled tasks and their page language; WebSight's tasks
+    human, reviewer             a vision model or a scripted comparison looks at the pages
+    score                       CLIP similarity, or pixel similarity, which needs no model
+    environment                 the subclass of colbench.env.base.Environment
 """

@@ -1,15 +1,16 @@
-"""HTML text to full-page PNG in real Chromium, offline, the same bytes each time, whatever the page tries.
+"""HTML text to full-page PNG in real Chromium: offline, always the same bytes, safe for any page.
 
     with Renderer("runs/x/screenshots") as renderer:
-        pictures = renderer.render(["<html>...</html>", ...])    # [Picture(path, refusal, layout), ...]
+        pictures = renderer.render(["<html>...</html>", ...])  # [Picture, ...]
 
-The browser lives in a child process (colbench.env.frontend.worker) that the parent kills, with everything below it,
-when a page takes too long or too much memory; the next page gets a fresh one. The layers, from the inside:
-  1. Scripts are off, a Content-Security-Policy forbids frames, forms and plug-ins, every request is answered locally or
-     refused.
-  2. Chromium's own sandbox (not when run as root, where Chromium refuses it).
-  3. A network namespace without any interface for worker and browser, where the system allows one (`unshare`).
-  4. Deadline and memory cap, watched from outside.
+The browser runs in a child process (colbench.env.frontend.worker). If a page takes too long or too
+much memory, the parent kills that process and its descendants; the next page gets a fresh one. The
+safety layers, from the inside:
+  1. Scripts are off. A Content-Security-Policy forbids frames, forms and plug-ins. Every request is
+     answered locally or refused.
+  2. Chromium's own sandbox (not as root, where Chromium refuses it).
+  3. A network namespace without interfaces, if the system allows one (`unshare`).
+  4. A deadline and a memory limit, watched by the parent.
 `Renderer.layers` says which of them are active.
 """
 import base64
@@ -31,33 +32,38 @@ import psutil
 from colbench.run.errors import UserError
 from colbench.run.files import write_aside
 
-Picture = namedtuple("Picture", "path refusal layout")  # path: of the PNG, or None with the reason in refusal
+# path: of the PNG, or None; refusal: then the reason; layout: what the scripted reviewer reads
+Picture = namedtuple("Picture", "path refusal layout")
 
 LARGEST_PAGE = 2_000_000  # bytes of HTML
-DEADLINE_S = 25  # seconds a page may take
-LARGEST_MEMORY = 2.5e9  # bytes of one process; twice that for all together
+DEADLINE_S = 25  # seconds per page
+LARGEST_MEMORY = 2.5e9  # bytes per process; twice that for all together
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-NO_BROWSER = ("no browser found; install one with `python -m playwright install --with-deps chromium`, or as root with "
-              "`apt-get install chromium fonts-liberation` (or name one in the environment variable COLBENCH_CHROMIUM)")
+NO_BROWSER = ("no browser found; install one with `python -m playwright install --with-deps "
+              "chromium`, or as root with `apt-get install chromium fonts-liberation` (or name one "
+              "in the environment variable COLBENCH_CHROMIUM)")
 ROOT = Path(__file__).parents[3]
 
 
 class Renderer:
-    """Renders pages into a folder, where each lies under a hash of the page and the renderer.
+    """Renders pages into a folder. Files are named by a hash of page and renderer, and kept.
 
-    What is there is not rendered twice. folder: where PNGs (and with `layout`, what the scripted reviewer reads, as
-    JSON) go. tabs: pages at once; more than 2 never helped on 2 cores. UserError where no browser can be started.
+    folder: for PNGs and, with `layout`, JSON files for the scripted reviewer. tabs: pages rendered
+    at once; more than 2 never helped on 2 cores. deadline: seconds per page. memory: bytes per
+    process. UserError if no browser starts.
     """
 
     def __init__(self, folder, layout: bool = False, tabs: int = 2, deadline: float = DEADLINE_S,
                  memory: float = LARGEST_MEMORY):
-        self.folder, self.layout, self.tabs, self.deadline, self.memory = Path(folder), layout, tabs, deadline, memory
+        self.folder, self.layout, self.tabs = Path(folder), layout, tabs
+        self.deadline, self.memory = deadline, memory
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.worker, self.rendered, self.restarts, self._number = None, 0, 0, 0
+        self.worker = None
+        self.rendered = self.restarts = self._number = 0
         self.isolation = network_namespace()
         self._scratch = tempfile.TemporaryDirectory(prefix="colbench-browser-")
         self.fonts = self._write_fonts()
-        self._refused = {}  # key -> reason; not kept on disk: a refusal can be a matter of load
+        self._refused = {}  # path -> reason; not kept on disk, because load can cause a refusal
         try:
             self._start(self.tabs)
         except BaseException:
@@ -79,20 +85,23 @@ class Renderer:
 
     @property
     def layers(self) -> str:
-        """The safety layers that are active, in one line for the user."""
-        browser = "no sandbox of the browser (you are root)" if os.geteuid() == 0 else "the sandbox of the browser"
-        network = "a network namespace without network" if self.isolation else \
-            "no network namespace (unshare -n does not work here)"
-        return (f"pages are rendered with scripts off and all requests answered locally; {browser}; {network}; "
-                f"{self.deadline:.0f} s and {self.memory / 1e9:.1f} GB a page")
+        """The active safety layers, in one line for the user."""
+        root = os.geteuid() == 0
+        browser = "no sandbox inside Chromium (you are root)" if root else "Chromium's own sandbox"
+        network = "no network namespace (unshare -n does not work here)"
+        if self.isolation:
+            network = "a network namespace without interfaces"
+        return (f"pages are rendered with scripts off and all requests answered locally; {browser};"
+                f" {network}; {self.deadline:.0f} s and {self.memory / 1e9:.1f} GB per page")
 
     def path(self, page: str) -> Path:
-        """Where the picture of a page lies, rendered or not."""
+        """The path of a page's picture, rendered or not."""
         text = f"{self.fingerprint}\n{page}"
-        return self.folder / f"{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}.png"
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return self.folder / f"{digest[:24]}.png"
 
     def render(self, pages: list) -> list:
-        """A Picture for each page (HTML text, or None: a refusal). Equal pages are rendered once."""
+        """A Picture for each page: HTML text, or None (refused). Equal pages are rendered once."""
         results, todo = {}, {}
         for page in pages:
             if page is None:
@@ -101,8 +110,10 @@ class Renderer:
                 results[page] = Picture(None, f"the page is larger than {LARGEST_PAGE} bytes", None)
             elif (path := self.path(page)) in self._refused:
                 results[page] = Picture(None, self._refused[path], None)
-            elif path.exists() and (not self.layout or path.with_suffix(".json").exists()):
-                layout = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) if self.layout else None
+            elif path.exists() and not self.layout:
+                results[page] = Picture(path, None, None)
+            elif path.exists() and path.with_suffix(".json").exists():
+                layout = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
                 results[page] = Picture(path, None, layout)
             else:
                 todo[page] = path
@@ -114,32 +125,38 @@ class Renderer:
                 continue
             if self.layout:
                 text = json.dumps(done["layout"])
-                write_aside(path.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
-            write_aside(path, lambda temporary: temporary.write_bytes(base64.b64decode(done["png"])))
+                write_aside(path.with_suffix(".json"),
+                            lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            png = base64.b64decode(done["png"])
+            write_aside(path, lambda temporary: temporary.write_bytes(png))
             results[page] = Picture(path, None, done["layout"] if self.layout else None)
             self.rendered += 1
         return [results[page] for page in pages]
 
     def _draw(self, pages: list):
-        """Yield (page, the worker's answer). A page is refused only for what happened to it alone."""
-        alone = []
-        waiting, flying = list(reversed(pages)), {}  # flying: number -> (page, when it must be done)
-        while waiting or flying:
-            while waiting and len(flying) < self.tabs:
+        """Yield (page, the worker's answer).
+
+        A page that fails next to others is rendered again alone, and only then refused.
+        """
+        waiting = list(reversed(pages))
+        in_progress = {}  # number -> (page, its deadline)
+        again = []
+        while waiting or in_progress:
+            while waiting and len(in_progress) < self.tabs:
                 page = waiting.pop()
                 number = self._send(page)
-                flying[number] = (page, time.monotonic() + self.deadline)
-            problem, row = self._receive(min(until for _, until in flying.values()))
-            if row and "refusal" in row and len(flying) > 1:
-                alone.append(flying.pop(row["number"])[0])
+                in_progress[number] = (page, time.monotonic() + self.deadline)
+            problem, row = self._receive(min(until for _, until in in_progress.values()))
+            if row and "refusal" in row and len(in_progress) > 1:
+                again.append(in_progress.pop(row["number"])[0])
             elif row:
-                yield flying.pop(row["number"])[0], row
-            elif len(flying) > 1:
-                alone += [page for page, _ in flying.values()]
-                flying = {}
+                yield in_progress.pop(row["number"])[0], row
+            elif len(in_progress) > 1:
+                again += [page for page, _ in in_progress.values()]
+                in_progress = {}
             else:
-                yield flying.popitem()[1][0], {"refusal": problem}
-        for page in alone:
+                yield in_progress.popitem()[1][0], {"refusal": problem}
+        for page in again:
             number = self._send(page)
             problem, row = self._receive(time.monotonic() + self.deadline)
             yield page, {"refusal": problem} if problem else row
@@ -153,7 +170,7 @@ class Renderer:
         return self._number
 
     def _receive(self, until: float):
-        """(None, the worker's next answer), or (the problem, None) after the worker was killed."""
+        """(None, the worker's next answer), or (problem, None) after killing the worker."""
         problem = None
         while not problem:
             row = self.worker.read(0.2)
@@ -170,86 +187,111 @@ class Renderer:
         return problem, None
 
     def _start(self, tabs: int) -> None:
+        # the browser gets none of the user's keys or tokens
         kept = ("PATH", "LANG", "PLAYWRIGHT_BROWSERS_PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
-        # no key or token of the user's gets near the browser
         environment = {name: os.environ[name] for name in kept if name in os.environ}
-        home = Path(self._scratch.name)
-        environment |= {
-            "HOME": str(home), "TMPDIR": str(home), "XDG_CONFIG_HOME": str(home), "XDG_CACHE_HOME": str(home),
-            "FONTCONFIG_FILE": str(home / "fonts.conf"),
-            "PLAYWRIGHT_BROWSERS_PATH": os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or str(
-                Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "ms-playwright")}
-        named = os.environ.get("COLBENCH_CHROMIUM", "")
-        executable = named
-        if not executable and not any(Path(environment["PLAYWRIGHT_BROWSERS_PATH"]).glob("chromium*")):
+        browsers = os.environ.get("PLAYWRIGHT_BROWSERS_PATH")
+        if not browsers:
+            caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
+            browsers = str(Path.home() / caches / "ms-playwright")
+        home = self._scratch.name
+        environment |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), home)
+        environment |= {"FONTCONFIG_FILE": f"{home}/fonts.conf",
+                        "PLAYWRIGHT_BROWSERS_PATH": browsers}
+        executable = os.environ.get("COLBENCH_CHROMIUM", "")
+        if executable and not shutil.which(executable):
+            raise UserError(f"COLBENCH_CHROMIUM={executable}: no such program")
+        if not executable and not any(Path(browsers).glob("chromium*")):
             executable = next(filter(None, map(shutil.which, NAMES)), "")
-        if named and not shutil.which(named):
-            raise UserError(f"COLBENCH_CHROMIUM={named}: no such program")
-        command = [*self.isolation, sys.executable, "-m", "colbench.env.frontend.worker", executable, str(tabs)]
+        command = [*self.isolation, sys.executable, "-m", "colbench.env.frontend.worker",
+                   executable, str(tabs)]
         self.worker = Worker(command, environment)
-        deadline, row = time.monotonic() + 60, None
+        deadline = time.monotonic() + 60
+        row = None
         while row is None and time.monotonic() < deadline:
             row = self.worker.read(0.5)
         if not isinstance(row, dict) or "failed" in row:
-            reason = row["failed"] if isinstance(row, dict) else self.worker.last_words() or "it does not answer"
+            if isinstance(row, dict):
+                reason = row["failed"]
+            else:
+                reason = self.worker.last_words() or "it does not answer"
             self.worker.kill()
             self.worker = None
-            raise UserError(NO_BROWSER if reason == "no browser" else
-                            f"the browser does not start: {reason}; {NO_BROWSER}")
+            if reason == "no browser":
+                raise UserError(NO_BROWSER)
+            raise UserError(f"the browser does not start: {reason}; {NO_BROWSER}")
         self.browser = row["browser"]
         if not hasattr(self, "fingerprint"):
-            from colbench.env.frontend.worker import FLAGS, VIEWPORT
-            flags = hashlib.sha256("\n".join(FLAGS).encode()).hexdigest()[:8]
-            self.fingerprint = (f"chromium {self.browser}, {VIEWPORT['width']}x{VIEWPORT['height']}, flags {flags}, "
-                                f"fonts {self.fonts}, rules {rules_version()}")
-            text = json.dumps({"fingerprint": self.fingerprint, "executable": row["executable"], "flags": FLAGS,
-                               "viewport": VIEWPORT, "fonts": self.font_files, "layers": self.layers}, indent=1)
-            told = self.folder / "renderer.json"
-            if not told.exists() or told.read_text(encoding="utf-8") != text:
-                write_aside(told, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            self._describe(row["executable"])
+
+    def _describe(self, executable: str) -> None:
+        """Set the fingerprint and write renderer.json."""
+        from colbench.env.frontend.worker import FLAGS, VIEWPORT
+        size = f"{VIEWPORT['width']}x{VIEWPORT['height']}"
+        flags = hashlib.sha256("\n".join(FLAGS).encode()).hexdigest()[:8]
+        self.fingerprint = (f"chromium {self.browser}, {size}, flags {flags}, "
+                            f"fonts {self.fonts}, rules {rules_version()}")
+        text = json.dumps({
+            "fingerprint": self.fingerprint,
+            "executable": executable,
+            "flags": FLAGS,
+            "viewport": VIEWPORT,
+            "fonts": self.font_files,
+            "layers": self.layers,
+        }, indent=1)
+        path = self.folder / "renderer.json"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_aside(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _write_fonts(self) -> str:
-        """Write the font configuration of the browser. Returns a hash of the fonts, for the fingerprint.
+        """Write the browser's font configuration. Return a hash of its fonts, for the fingerprint.
 
-        The Liberation fonts, or all of the system's where there are none.
+        These are the Liberation fonts, or all system fonts if Liberation is not installed.
         """
         text = (Path(__file__).parent / "assets" / "fonts.conf").read_text()
         folders = [Path(part.split("</dir>")[0]) for part in text.split("<dir>")[1:]]
-        files = sorted(file for folder in folders if folder.is_dir() for file in folder.glob("*.[to]tf"))
+        files = sorted(file for folder in folders if folder.is_dir()
+                       for file in folder.glob("*.[to]tf"))
         name = "Liberation"
         if not files:
             name = "of the system"
             own = "<dir>/usr/share/fonts</dir><dir>/usr/local/share/fonts</dir>\n  <cachedir>"
             text = text.replace("<cachedir>", own)
             files = sorted(Path("/usr/share/fonts").rglob("*.[to]tf"))
-        Path(self._scratch.name, "fonts.conf").write_text(text.replace("CACHE", f"{self._scratch.name}/fonts"))
-        digest, self.font_files = hashlib.sha256(), [str(file) for file in files]
+        text = text.replace("CACHE", f"{self._scratch.name}/fonts")
+        Path(self._scratch.name, "fonts.conf").write_text(text)
+        self.font_files = [str(file) for file in files]
+        digest = hashlib.sha256()
         for file in files:
             digest.update(file.read_bytes())
         return f"{name} {digest.hexdigest()[:8]}"
 
 
 def rules_version() -> str:
-    """Hash of what else decides how a page looks: what it gets served, and how it is photographed."""
-    folder, names = Path(__file__).parent, ("resources.py", "configuration.py", "worker.py", "layout.py")
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:8]
+    """Hash of the source files that decide what pages are served and how they are drawn."""
+    folder = Path(__file__).parent
+    names = ("resources.py", "configuration.py", "worker.py", "layout.py")
+    sources = b"".join((folder / name).read_bytes() for name in names)
+    return hashlib.sha256(sources).hexdigest()[:8]
 
 
 def network_namespace() -> list:
-    """The command in front of another one that takes its network away, [] where the system does not allow that."""
-    for command in (["unshare", "-n", "--"], ["unshare", "-cn", "--"]):
-        if shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
-            return command
+    """The prefix that runs a command without a network, [] if the system does not allow that."""
+    if shutil.which("unshare"):
+        for prefix in (["unshare", "-n", "--"], ["unshare", "-cn", "--"]):
+            if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+                return prefix
     return []
 
 
 class Worker:
-    """The child process, with everything that it starts."""
+    """The child process and its descendants."""
 
     def __init__(self, command, environment):
         self._errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-                                        cwd=ROOT, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            cwd=ROOT, env=environment, start_new_session=True)
         self._rows = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -264,17 +306,17 @@ class Worker:
             self.process.stdin.write(json.dumps(row).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # `read` tells that it has ended
+            pass  # `read` reports that it has ended
 
     def read(self, seconds: float):
-        """The next answer, "ended", or None after so many seconds."""
+        """The next answer, "ended", or None if there is none within `seconds`."""
         try:
             return self._rows.get(timeout=seconds)
         except queue.Empty:
             return None
 
     def tree(self) -> list:
-        """All its processes, itself first."""
+        """The process and its descendants."""
         try:
             top = psutil.Process(self.process.pid)
             return [top, *top.children(recursive=True)]
@@ -282,7 +324,7 @@ class Worker:
             return []
 
     def memory(self) -> float:
-        """Bytes of the largest process, or half of all together if that is more."""
+        """Bytes of the largest process, or half the total if that is more."""
         sizes = []
         for process in self.tree():
             try:
@@ -298,9 +340,9 @@ class Worker:
         return lines[-1][:200]
 
     def kill(self) -> None:
-        """Kill the whole tree. The top goes last: as long as it lives, everything below it can be found."""
-        while below := [p for p in self.tree()[1:] if _alive(p)]:
-            for process in below:
+        """Kill the whole tree, the top last: while it lives, its descendants can be found."""
+        while descendants := [process for process in self.tree()[1:] if _alive(process)]:
+            for process in descendants:
                 try:
                     process.kill()
                 except psutil.Error:

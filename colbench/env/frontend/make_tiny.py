@@ -1,20 +1,23 @@
-"""Makes colbench/env/frontend/tiny/, the default: a Llama of under a million weights that edits pages badly.
+"""Makes colbench/env/frontend/tiny/: a Llama (under 1M parameters) that edits pages badly.
 
     python -m colbench.env.frontend.make_tiny --layouts PAGES
-    python -m colbench.env.frontend.make_tiny --layouts PAGES --init TINY --learning-rate 2e-3 --first-text 100000
-    python -m colbench.env.frontend.make_tiny --layouts PAGES --init TINY --learning-rate 2e-3 --first-text 200000
+    python -m colbench.env.frontend.make_tiny --layouts PAGES --init TINY --learning-rate 2e-3 \\
+        --first-text 100000
+    python -m colbench.env.frontend.make_tiny --layouts PAGES --init TINY --learning-rate 2e-3 \\
+        --first-text 200000
 
-TINY is colbench/env/frontend/tiny, which every call writes anew. PAGES is a folder for 2,160 rendered pages, which the
-first call makes; then each takes 8 minutes of one core.
+TINY is colbench/env/frontend/tiny; every call overwrites it. PAGES is a folder for 2,160 rendered
+pages, which the first call makes. After that each call takes 8 minutes on one core.
 
-It speaks the page language of colbench.env.frontend.pages: each message sets one or two details of the page. Like its
-sibling in colbench.env.backend.make_tiny it imitates a demonstrator who is far from perfect: about every second message
-it takes up one of the human's remarks, otherwise it sets something at random, and again and again it answers although
-the human is not content yet. What RL has to find is to listen, and to wait. Reading the hidden reference is taught too:
-half of the texts carry it in front, and half of those show a demonstrator who makes use of it.
+The model uses the page language of colbench.env.frontend.pages: each message sets one or two
+details. As in colbench.env.backend.make_tiny it imitates an imperfect demonstrator: every second
+message or so takes up a remark of the human, the others set something at random, and it often
+answers before the human is content. RL has to find that listening and waiting pay. Reading the
+hidden page is taught too: half of the texts start with it, and over half of those show a
+demonstrator that uses it.
 
-The demonstrations are played with the scripted human on layouts that the browser measured once for every page of one
-business; for other businesses the texts in them are exchanged.
+The demonstrations are dialogues with the scripted human. The browser lays out every page of one
+business once; for other businesses the texts in the remarks are replaced.
 """
 import argparse
 import itertools
@@ -40,37 +43,43 @@ from colbench.lm.load import keep_freed_memory, prepare_machine
 from colbench.lm.tokens import encode_dialogue
 
 MODEL = next(iter(BUSINESSES))  # the business whose pages are rendered
-REMARKS = {"background": "page background", "menu": "sidebar", "headline": "headline should be", "picture": "picture",
-           "columns": "column", "button": "button", "form": "input field"}  # what a remark about a detail mentions
+REMARKS = {  # detail -> what a remark about it mentions
+    "background": "page background", "menu": "sidebar", "headline": "headline should be",
+    "picture": "picture", "columns": "column", "button": "button", "form": "input field"}
 LAYOUTS = {}
 
 
 def key(details: dict) -> tuple:
-    """A page's place in LAYOUTS."""
+    """A page's key in LAYOUTS."""
     return tuple(details.get(name, values[0]) for name, values in DETAILS.items())
 
 
 def load_layouts(folder: Path) -> None:
-    """Render every page of one business, or read what was rendered."""
+    """Fill LAYOUTS: render every page of one business, or read it from `folder`."""
     combinations = list(itertools.product(*DETAILS.values()))
     with Renderer(folder, layout=True) as renderer:
         for start in range(0, len(combinations), 48):
             part = combinations[start:start + 48]
-            pictures = renderer.render([compose(MODEL, dict(zip(DETAILS, values))) for values in part])
+            pages = [compose(MODEL, dict(zip(DETAILS, values))) for values in part]
+            pictures = renderer.render(pages)
             LAYOUTS.update((values, picture.layout) for values, picture in zip(part, pictures))
             print(f"\r{start + len(part)} of {len(combinations)} pages", end="", flush=True)
     print()
 
 
 @lru_cache(maxsize=200_000)
-def remark(mine: tuple, wanted: tuple) -> str:
-    """What the scripted human says about page `mine`."""
-    return review(LAYOUTS[mine], LAYOUTS[wanted])
+def remark(shown: tuple, wanted: tuple) -> str:
+    """What the scripted human says about page `shown`."""
+    return review(LAYOUTS[shown], LAYOUTS[wanted])
 
 
 def demonstrate(business: str, wanted: dict, rng: random.Random, informed: bool) -> list[dict]:
-    """One dialogue of the demonstrator with the scripted human."""
-    history, details, said = [{"role": "user", "content": request(business)}], {}, NOTHING
+    """One dialogue of the demonstrator with the scripted human.
+
+    wanted: the details of the hidden page; an informed demonstrator knows them.
+    """
+    history = [{"role": "user", "content": request(business)}]
+    details, said = {}, NOTHING
     for turn in range(10):
         wrong = [name for name in DETAILS if details.get(name, DETAILS[name][0]) != wanted[name]]
         heard = wrong if informed else [name for name in wrong if REMARKS[name] in said]
@@ -86,30 +95,35 @@ def demonstrate(business: str, wanted: dict, rng: random.Random, informed: bool)
                 name = rng.choice(list(DETAILS))
                 lines[name] = rng.choice(DETAILS[name])
         details |= lines
-        history.append({"role": "assistant", "content": "\n".join(f"{name} {value}" for name, value in lines.items())})
+        text = "\n".join(f"{name} {value}" for name, value in lines.items())
+        history.append({"role": "assistant", "content": text})
         said = remark(key(details), key(wanted))
         texts = dict(zip((MODEL, *BUSINESSES[MODEL]), (business, *BUSINESSES[business])))
         pattern = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
-        history.append({"role": "user", "content": re.sub(pattern, lambda found: texts[found.group()], said)})
+        reply = re.sub(pattern, lambda match: texts[match.group()], said)
+        history.append({"role": "user", "content": reply})
     history[-2:] = [{"role": "assistant", "content": MARKER}]
     return history
 
 
 def demonstration(index: int) -> tuple[list[dict], bool]:
-    """Text number `index`: (messages, whether the human's sentences count in the loss too)."""
+    """Text number `index`: (messages, whether the loss includes the human's messages)."""
     rng = random.Random(f"pages warm start {index}")
     business = rng.choice(list(BUSINESSES))
     wanted = {name: rng.choice(values) for name, values in DETAILS.items()}
-    hidden_info = rng.random() < 0.5
-    history = demonstrate(business, wanted, rng, informed=hidden_info and rng.random() < 0.6)
+    sees_hidden_page = rng.random() < 0.5
+    informed = sees_hidden_page and rng.random() < 0.6
+    history = demonstrate(business, wanted, rng, informed)
     messages = [{"role": "system", "content": EDITS_PROMPT}, *history]
-    return (with_hidden_info(messages, compose(business, wanted)) if hidden_info else messages), hidden_info
+    if sees_hidden_page:
+        messages = with_hidden_info(messages, compose(business, wanted))
+    return messages, sees_hidden_page
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which a whole tag, a word or a line of the page language may become one token.
+    """Byte-level BPE in which a tag, a word or a line of the page language may become one token.
 
-    Reading a reference is then a matter of finding a few tokens, which a model of this size learns in minutes.
+    Reading a hidden page then means finding a few tokens, which a tiny model learns in minutes.
     """
     lines = "|".join(f"{name} {value}" for name, values in DETAILS.items() for value in values)
     tokenizer = Tokenizer(models.BPE())
@@ -121,18 +135,21 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=SPECIAL[:-1], show_progress=False, min_frequency=10,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator((m["content"] for i in range(3000) for m in demonstration(i)[0]), trainer)
+    texts = (m["content"] for i in range(3000) for m in demonstration(i)[0])
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
-        additional_special_tokens=SPECIAL[3:-1], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+        additional_special_tokens=SPECIAL[3:-1], chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False)
 
 
 def make_model(tokenizer) -> LlamaForCausalLM:
-    """Random weights, at the scales of colbench.env.backend.make_tiny."""
+    """Random weights, scaled as in colbench.env.backend.make_tiny."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=344, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
         if "embed_tokens" in name:
@@ -144,7 +161,7 @@ def make_model(tokenizer) -> LlamaForCausalLM:
 
 
 def example(tokenizer, index: int) -> tuple[list[int], list[int]]:
-    """Token ids and labels (-100 outside of the loss) of text number `index`."""
+    """Token ids and labels (-100 outside the loss) of text number `index`."""
     messages, human_too = demonstration(index)
     ids, spans = encode_dialogue(tokenizer, messages)
     labels = [-100] * len(ids)
@@ -155,16 +172,18 @@ def example(tokenizer, index: int) -> tuple[list[int], list[int]]:
 
 def main() -> None:
     prepare_machine()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny")
     parser.add_argument("--layouts", type=Path, required=True,
-                        help="folder for the rendered pages; those in it are not rendered again")
+                        help="folder for the rendered pages; existing ones are kept")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--init", type=Path, help="go on from a model that this script wrote")
+    parser.add_argument("--init", type=Path, help="continue from a model that this script wrote")
     parser.add_argument("--first-text", type=int, default=0,
-                        help="number of the first text: others than those of an earlier call")
+                        help="number of the first text; avoids the texts of an earlier call")
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak; cosine decay (default: 3e-3)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3,
+                        help="peak; cosine decay (default: 3e-3)")
     parser.add_argument("--vocabulary", type=int, default=1024)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -178,17 +197,24 @@ def main() -> None:
         tokenizer = make_tokenizer(args.vocabulary)
         model = make_model(tokenizer)
     keep_freed_memory(model)
-    print(f"{model.num_parameters():,} weights, {len(tokenizer)} tokens in the vocabulary")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, step / 25) * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98),
+                                  weight_decay=0.01)
+
+    def rate(step):
+        return min(1.0, step / 25) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     started, tokens = time.time(), 0
     for step in range(args.steps):
-        rows = [example(tokenizer, args.first_text + step * args.batch + i) for i in range(args.batch)]
+        first = args.first_text + step * args.batch
+        rows = [example(tokenizer, first + i) for i in range(args.batch)]
         width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+        pad = tokenizer.pad_token_id
+        ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
-        logits = model(input_ids=ids).logits[:, :-1]  # right padding needs no mask: attention is causal
+        # attention is causal, so right padding needs no mask
+        logits = model(input_ids=ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

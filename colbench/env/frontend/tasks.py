@@ -1,11 +1,12 @@
-"""Frontend Design tasks: WebSight's pages in the published format, by one command.
+"""One command that turns WebSight's pages into Frontend Design tasks in the published format.
 
     pip install datasets
-    python -m colbench.env.frontend.tasks --output data/frontend_tasks    # train.jsonl, test.jsonl, 10,000 tasks each
+    python -m colbench.env.frontend.tasks --output data/frontend_tasks
 
-As published: the first 10,000 rows of HuggingFaceM4/WebSight, v0.2, are training tasks and the next 10,000 test tasks;
-the request is the idea that the page was generated from, and picture addresses are rewritten to picture 48. The rows
-are streamed. `Frontend.tasks` (colbench.env.frontend.environment) reads these files.
+It writes train.jsonl and test.jsonl, 10,000 tasks each. As published, the first 10,000 rows of
+HuggingFaceM4/WebSight v0.2 are training tasks and the next 10,000 test tasks. The request is the
+idea that the page was generated from; picture addresses are rewritten to picture 48. The rows are
+streamed. `Frontend.tasks` (colbench.env.frontend.environment) reads these files.
 """
 import argparse
 import itertools
@@ -19,46 +20,56 @@ from colbench.run.files import append_jsonl, write_aside
 
 
 def websight_rows(source: str):
-    """Rows {"text", "llm_generated_idea", ...} of the hub's data set, or of a local folder that `datasets` can load."""
+    """Rows {"text", "llm_generated_idea"} of the hub's data set or of a folder `datasets` can load.
+
+    UserError if `datasets` is not installed or cannot load the source.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError("reading WebSight needs one more package: pip install datasets") from None
+        raise UserError("WebSight needs one more package: pip install datasets") from None
     try:
         config = () if os.path.isdir(source) else ("v0.2",)
         rows = load_dataset(source, *config, split="train", streaming=True)
         return iter(rows.select_columns(["text", "llm_generated_idea"]))
-    except Exception as error:  # gated, no network, another format: they share no class
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
-        raise UserError(f"{source}: {reason}; is the network there, and the name right?") from None
+    except Exception as error:  # gated, no network, wrong format: they share no class
+        first_line = (str(error).strip().splitlines() or [''])[0][:160]
+        raise UserError(f"{source}: {type(error).__name__}: {first_line}; "
+                        "check the network and the name") from None
 
 
 def task_of(row: dict, where: str) -> dict:
     """One WebSight row as a task in the published format."""
     row = checked(row, {"llm_generated_idea": str, "text": str}, where)
-    return {"problem_description": row["llm_generated_idea"], "ground_truth": rewrite_urls(row["text"])}
+    return {"problem_description": row["llm_generated_idea"],
+            "ground_truth": rewrite_urls(row["text"])}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/frontend_tasks"),
                         help="folder (default: %(default)s)")
-    parser.add_argument("--n", type=int, default=10_000, help="tasks in each of the two files (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=10_000,
+                        help="tasks per file (default: %(default)s)")
     parser.add_argument("--source", default="HuggingFaceM4/WebSight",
                         help="hub id or local folder (default: %(default)s)")
     args = parser.parse_args()
     rows = enumerate(websight_rows(args.source), 1)
     for split in ("train", "test"):
-        tasks = [task_of(row, f"{args.source}: row {number}") for number, row in itertools.islice(rows, args.n)]
+        tasks = [task_of(row, f"{args.source}: row {number}")
+                 for number, row in itertools.islice(rows, args.n)]
         if len(tasks) < args.n:
-            raise UserError(f"{args.source}: too few rows for {args.n} {split} tasks: {len(tasks)}; give a smaller --n")
+            raise UserError(f"{args.source}: too few rows for {args.n} {split} tasks: "
+                            f"{len(tasks)}; give a smaller --n")
 
         def write(temporary):
             with open(temporary, "w", encoding="utf-8") as file:
                 for task in tasks:
                     append_jsonl(file, task)
-        write_aside(args.output / f"{split}.jsonl", write)
-        print(f"{args.output / f'{split}.jsonl'}: {len(tasks)} tasks")
+        path = args.output / f"{split}.jsonl"
+        write_aside(path, write)
+        print(f"{path}: {len(tasks)} tasks")
 
 
 if __name__ == "__main__":
