@@ -62,7 +62,9 @@ def main():
     lock_run(args.trajectories.parent, f"collect-{args.trajectories.stem}")
     todo, order = load_work(args, environment)
     kept = repair_jsonl(args.trajectories, episode_line(environment))
-    lines = [line for line in kept if args.add_candidates_to or not failed(line)]  # failed: retried
+    lines = kept
+    if not args.add_candidates_to:
+        lines = [line for line in kept if not failed(line)]  # failed episodes are retried
     done = {episode_key(line) for line in lines}
     todo = [item for item, key in zip(todo, order) if key not in done]
     if not todo:
@@ -116,11 +118,11 @@ def add_candidates(args, agent, env, todo: list[dict]):
                 if message["role"] != "assistant" or message.get("candidates"):
                     continue
                 names = args.seed, *episode_key(trajectory), i
-                _, *others = message_seeds(names, args.candidate_share, args.n_candidates)
-                if others:
+                own_seeds = message_seeds(names, args.candidate_share, args.n_candidates)
+                if len(own_seeds) > 1:  # a state; its first message is the one that was played
                     turns.append((trajectory, message))
                     prompts.append(prompt_messages(trajectory["system"], history[:i]))
-                    seeds.append(others)
+                    seeds.append(own_seeds[1:])
         replies = agent.sample(prompts, seeds, args.temperature, args.max_new_tokens)
         errors = [next((c for c in candidates if isinstance(c, Exception)), None)
                   for candidates in replies]

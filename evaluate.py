@@ -80,13 +80,13 @@ def main():
         agents = Agents(args.policies, args.model, args.load_in_4bit, args.batch_tokens)
         with env:
             print_plan(args, env, len(tasks), agents.model)
-            keep_what_it_is_made_with(args, begun=bool(lines))
+            keep_provenance(args, begun=bool(lines))
             for policy, name in args.names.items():
                 todo = [(task, sample) for sample in range(args.k) for task in tasks
                         if (name, task["id"], sample) in missing]
                 lines += evaluate(args, env, agents, policy, name, todo)
     else:
-        keep_what_it_is_made_with(args, begun=bool(lines))
+        keep_provenance(args, begun=bool(lines))
         print(f"{args.episodes}: already complete")
     rewrite_jsonl(args.episodes, lines, order, episode_key)
     base_model = agents.model if agents else None
@@ -95,7 +95,9 @@ def main():
 
 def evaluate(args, env, agents, policy: str, name: str, todo: list[tuple]) -> list[dict]:
     """Play `todo`, (task, sample number), with a policy; append the episodes, return them."""
-    choose = make_chooser(args, agents, env) if args.best_of > 1 else None
+    choose, candidate_share = None, 0.0
+    if args.best_of > 1:  # before the agent: the critic's adapters may go on the base model too
+        choose, candidate_share = make_chooser(args, agents, env), 1.0
     agent = agents.agent(policy)
     human = env.human(args.human, agents.base())
     clock = Clock(args.episodes, name, (agent, getattr(human, "chat", None)))
@@ -103,7 +105,7 @@ def evaluate(args, env, agents, policy: str, name: str, todo: list[tuple]) -> li
     played = without_server_failures(play(
         agent, human, todo, agent_prompt=args.agent_prompt, answer=env.answer,
         max_turns=args.max_turns, n_candidates=args.best_of,
-        candidate_share=float(args.best_of > 1), choose=choose, temperature=args.temperature,
+        candidate_share=candidate_share, choose=choose, temperature=args.temperature,
         max_new_tokens=args.max_new_tokens, parallel=args.parallel, seed=args.seed),
         servers_of(agent, human))
     lines = []
@@ -119,7 +121,7 @@ def episode_key(line: dict) -> tuple:
     return line["policy"], line["id"], line["sample"]
 
 
-def keep_what_it_is_made_with(args, begun: bool) -> None:
+def keep_provenance(args, begun: bool) -> None:
     """One file holds one set of flags and weights; --best-of names its own rows."""
     keep_settings(args.episodes, args, begun, free=("critic", "best_of", "tokens_per_step"),
                   refuse=True)

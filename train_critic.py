@@ -19,13 +19,13 @@ r(τ+) > r(τ−), by the Bradley-Terry loss
 NLL is the mean of −log π_θ over the agent's tokens. A step takes the mean of (2) over its pairs.
 
 How to choose β and w for another model (the paper has 0.1 and 0.01): the gradient of a pair fades
-once its margin, the difference of the two sums, passes about 3/β. Keep this below the nats of a
-trajectory, which the plan prints. Otherwise all messages become unlikely, long useless ones least,
-and those then outrank short useful ones. If log_ratio/chosen in the log falls far below 0, raise w.
+once its margin, the difference of the two sums, passes about 3/β. Keep 3/β below a trajectory's
+Σ_t 1/L Σ_l −log π_ref, which the plan prints. Otherwise all messages become unlikely; long useless
+ones lose least and outrank short useful ones. Raise w if log_ratio/chosen in the log falls below 0.
 
-c enters every prompt of the critic through with_hidden_info (colbench/env/hidden_info.py), which
-appends it to the system message: in load_examples to train, in advantages to rank. What stage 3
-reads passes through without_hidden_info, in rank.
+c enters through with_hidden_info (colbench/env/hidden_info.py), which appends it to the system
+message: in load_examples to train, in advantages to rank. In rank, without_hidden_info drops the
+task, which holds c, from what stage 3 reads.
 
 Other critics (colbench/train/): `regression`, A_θ is a linear head on the message's mean last
 hidden state, trained by (2) without NLL; `value`, the same head predicts success at every turn.
@@ -137,10 +137,10 @@ def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int,
 @dataclass
 class Example:
     """Trajectories that one forward pass computes, and the pairs among them."""
-    numbers: tuple  # of the trajectories in the file
-    trees: list[Tree]  # their tokens, and where the agent's messages are
+    numbers: tuple  # which trajectories of the file: τ+ and τ− (value critic: one)
+    trees: list[Tree]  # of each, the token ids and the spans of the agent's messages
     rewards: list[float]
-    pairs: list[tuple]  # (place of τ+, place of τ−) in `trees`; value critic: (place,)
+    pairs: list[tuple]  # (index of τ+, index of τ−) in `trees`; value critic: (index,)
     tokens: int  # of all trees
     ref_logps: list | None = None  # log π_ref: per trajectory a list over turns of (L_t,)
 
@@ -148,9 +148,9 @@ class Example:
 def batch_of(examples: list[Example], step: int, args, accelerator):
     """(this process's examples of a step, number of pairs in the whole batch). Seeded order."""
     size = args.examples_per_step
-    epoch, place = divmod(step, math.ceil(len(examples) / size))
+    epoch, index = divmod(step, math.ceil(len(examples) / size))
     rng = random.Random(seed_of(args.seed, "critic", epoch))
-    batch = rng.sample(examples, len(examples))[place * size:(place + 1) * size]
+    batch = rng.sample(examples, len(examples))[index * size:(index + 1) * size]
     n_pairs = sum(len(example.pairs) for example in batch)
     return batch[accelerator.process_index::accelerator.num_processes], n_pairs
 
@@ -195,9 +195,9 @@ def train(args, accelerator, model, tokenizer, examples: list[Example], nats) ->
 
     for step in bar:
         batch, n_pairs = batch_of(examples, step, args, accelerator)
-        weight = accelerator.num_processes / n_pairs  # of a pair; processes are averaged below
-        for micro_batch in pack([example.tokens for example in batch], args.tokens_per_step):
-            micro_batch = [batch[k] for k in micro_batch]  # what fits into one forward pass
+        pair_weight = accelerator.num_processes / n_pairs  # processes are averaged below
+        for indices in pack([example.tokens for example in batch], args.tokens_per_step):
+            micro_batch = [batch[k] for k in indices]  # at most tokens_per_step in a forward pass
             trees = [tree for example in micro_batch for tree in example.trees]
             with accelerator.autocast():
                 outputs = iter(forward(model, trees))  # per trajectory a list over turns of (L_t,)
@@ -206,11 +206,11 @@ def train(args, accelerator, model, tokenizer, examples: list[Example], nats) ->
                 turns = [next(outputs) for _ in example.trees]
                 for pair in example.pairs:
                     loss, metrics = pair_loss(args, example, pair, turns)
-                    total = total + weight * loss
+                    total = total + pair_weight * loss
                     log.add(example.tokens / len(example.pairs), loss=loss, **metrics)
             accelerator.backward(total)
 
-        for parameter in trained:  # average over the processes
+        for parameter in trained:  # the mean over the processes
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
@@ -242,6 +242,7 @@ def advantages(args, states: list[dict], tokenizer, model, base_logps) -> list[l
     ref_prompts = without_c if args.official else prompts
     candidates = [state["candidates"] for state in states]
     limits = args.max_tokens, args.tokens_per_step
+    # per state a list over candidates of (L,)
     logps = per_candidate(partial(message_logps, model), tokenizer, prompts, candidates, *limits)
     ref_logps = per_candidate(base_logps, tokenizer, ref_prompts, candidates, *limits)
     return [[advantage(*pair, length_norm=not args.no_length_norm).item()
@@ -258,8 +259,7 @@ def rank(args, accelerator, environment, score) -> None:
         mine = chunk[accelerator.process_index::accelerator.num_processes]
         with torch.no_grad(), accelerator.autocast():
             scores = score(mine)
-        rows = [without_hidden_info(state) | {"advantages": values}
-                for state, values in zip(mine, scores)]
+        rows = [without_hidden_info(state) | {"advantages": a} for state, a in zip(mine, scores)]
         for row in sorted(gather_object(rows), key=state_key):  # any number of processes: one order
             if not row["advantages"]:
                 row.update(candidates=[], left_out="longer than --max-tokens")
@@ -294,9 +294,9 @@ def load_examples(args, environment, tokenizer) -> list[Example]:
         own_trees = [trees[number] for number in pair]
         sizes = [tree_tokens(tree) for tree in own_trees]
         if max(sizes) <= args.max_tokens:
-            places = tuple(range(len(pair)))
+            indices = tuple(range(len(pair)))
             own_rewards = [rewards[number] for number in pair]
-            examples.append(Example(pair, own_trees, own_rewards, [places], sum(sizes)))
+            examples.append(Example(pair, own_trees, own_rewards, [indices], sum(sizes)))
     left_out = f"{len(pairs) - len(examples)} left out for more than {args.max_tokens} tokens"
     if not examples:
         raise UserError(f"{args.trajectories}: no pair to learn from among {len(trajectories)} "
@@ -308,7 +308,7 @@ def load_examples(args, environment, tokenizer) -> list[Example]:
 
 
 def add_ref_logps(args, accelerator, examples: list[Example], base_model, base_logps):
-    """Fill in ref_logps. Returns the mean −log π_ref of a message, and of a τ as (2) counts it."""
+    """Fill in ref_logps. Returns means: −log π_ref of a message, Σ_t 1/L Σ_l −log π_ref of a τ."""
     trees = {n: tree for e in examples for n, tree in zip(e.numbers, e.trees)}
     trees = dict(sorted(trees.items()))
     path = args.critic_folder.with_name("critic_ref_logps.jsonl")

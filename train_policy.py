@@ -64,7 +64,7 @@ PRESETS = {
         learning_rate=1e-3, epochs=2, batch_size=32,  # pairs per step
         beta=1.0, nll_weight=1.0,  # β′ and w of (3)
         pairs_per_task=4,  # multi-turn DPO: at most; 0: all
-        tokens_per_step=384, max_tokens=1024),  # in one forward pass; of one example
+        tokens_per_step=384, max_tokens=1024),  # in one forward pass; of a pair with its prompt
     "llama": dict(  # the paper's, except for 4-bit LoRA and its learning rate
         model="meta-llama/Llama-3.1-8B-Instruct", load_in_4bit=True, lora_rank=32,
         gradient_checkpointing=True,  # less memory, slower
@@ -132,8 +132,8 @@ def trajectory_pairs(trajectories: list[dict], pairs_per_task: int, seed: int):
 @dataclass
 class Example:
     """Messages that one forward pass computes, and the pairs among them."""
-    trees: list[Tree]  # a state: its prompt, then the messages; baselines: whole dialogues
-    pairs: list[tuple[list[int], list[int]]]  # messages of a+ and of a−, numbered over all trees
+    trees: list[Tree]  # a state: a prompt and messages after it; baselines: whole dialogues
+    pairs: list[tuple[list[int], list[int]]]  # indices of a+ and a− among the messages of `trees`
     tokens: int  # of all trees
     ref_logps: list | None = None  # log π_ref: per message (L,)
 
@@ -141,9 +141,9 @@ class Example:
 def batch_of(examples: list[Example], step: int, args, accelerator):
     """(this process's examples of a step, number of pairs in the whole batch). Seeded order."""
     size = args.examples_per_step
-    epoch, place = divmod(step, math.ceil(len(examples) / size))
+    epoch, index = divmod(step, math.ceil(len(examples) / size))
     rng = random.Random(seed_of(args.seed, "policy", epoch))
-    batch = rng.sample(examples, len(examples))[place * size:(place + 1) * size]
+    batch = rng.sample(examples, len(examples))[index * size:(index + 1) * size]
     n_pairs = sum(len(example.pairs) for example in batch)
     return batch[accelerator.process_index::accelerator.num_processes], n_pairs
 
@@ -189,9 +189,9 @@ def train(args, accelerator, model, tokenizer, examples: list[Example], nats) ->
 
     for step in bar:
         batch, n_pairs = batch_of(examples, step, args, accelerator)
-        weight = accelerator.num_processes / n_pairs  # of a pair; processes are averaged below
-        for micro_batch in pack([example.tokens for example in batch], args.tokens_per_step):
-            micro_batch = [batch[k] for k in micro_batch]  # what fits into one forward pass
+        pair_weight = accelerator.num_processes / n_pairs  # processes are averaged below
+        for indices in pack([example.tokens for example in batch], args.tokens_per_step):
+            micro_batch = [batch[k] for k in indices]  # at most tokens_per_step in a forward pass
             trees = [tree for example in micro_batch for tree in example.trees]
             with accelerator.autocast():
                 outputs = iter(message_logps(model, trees))  # per tree a list of (L,)
@@ -200,11 +200,11 @@ def train(args, accelerator, model, tokenizer, examples: list[Example], nats) ->
                 logps = [message for _ in example.trees for message in next(outputs)]
                 for pair in example.pairs:
                     loss, metrics = pair_loss(args, example, pair, logps)
-                    total = total + weight * loss
+                    total = total + pair_weight * loss
                     log.add(example.tokens / len(example.pairs), loss=loss, **metrics)
             accelerator.backward(total)
 
-        for parameter in trained:  # average over the processes
+        for parameter in trained:  # the mean over the processes
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
@@ -243,11 +243,10 @@ def load_states(args, tokenizer) -> list[Example]:
         too_long += len(pairs) - len(fitting)
         if not fitting:
             continue
-        used = sorted({k for pair in fitting for k in pair})
-        numbers = {k: number for number, k in enumerate(used)}
+        used = sorted({k for pair in fitting for k in pair})  # other candidates are not computed
         tree = Tree(prompt, [], [tokens[k] for k in used])
-        numbered = [([numbers[a]], [numbers[b]]) for a, b in fitting]
-        examples.append(Example([tree], numbered, tree_tokens(tree)))
+        pairs = [([used.index(a)], [used.index(b)]) for a, b in fitting]
+        examples.append(Example([tree], pairs, tree_tokens(tree)))
     left_out = f"{too_long} left out for more than {args.max_tokens} tokens"
     if not examples:
         raise UserError(f"{args.preferences}: no pair to learn from in {len(rows)} states with "
@@ -301,8 +300,9 @@ def add_ref_logps(args, accelerator, examples: list[Example], model):
     for example in examples:
         example.ref_logps = [message for _ in example.trees for message in next(ref_logps)]
     nats = [-logps.sum().item() for example in examples for logps in example.ref_logps]
-    n_sides = len(nats) if args.algorithm == "sweet" else 2 * len(examples)
-    return sum(nats) / len(nats), sum(nats) / n_sides
+    if args.algorithm == "sweet":  # a side is a message
+        return sum(nats) / len(nats), sum(nats) / len(nats)
+    return sum(nats) / len(nats), sum(nats) / (2 * len(examples))  # a side is a trajectory
 
 
 def main():
@@ -358,7 +358,7 @@ def parse_args():
     if args.beta < 0 or args.beta == args.nll_weight == 0:
         raise UserError(f"--beta {args.beta:g}: must be above 0, or 0 with --nll-weight above 0")
     args.examples_per_step = args.batch_size
-    if args.algorithm == "sweet":  # the pairs of a state stay together
+    if args.algorithm == "sweet":  # an example has pairs_per_state pairs, which stay together
         args.examples_per_step = max(1, args.batch_size // args.pairs_per_state)
     args.trajectories = args.trajectories or Path(args.run) / "trajectories.jsonl"
     args.preferences = args.preferences or Path(args.run) / "preferences.jsonl"

@@ -72,7 +72,7 @@ def test_files_of_a_run(finished):
             "log_ratio/chosen", "log_ratio/rejected", "margin/nats",
             "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= log[0].keys()
     assert [row["step"] for row in log] == list(range(len(log)))
-    assert abs(log[0]["margin"]) < 1e-3  # at the first step the critic equals the base model (π_ref)
+    assert abs(log[0]["margin"]) < 1e-3  # the critic starts as the base model (π_ref)
     assert abs(log[0]["log_ratio/chosen"]) < 1e-3
     metrics = json.loads((finished / "metrics.json").read_text())["policies"]
     assert list(metrics) == ["base", str(finished / "policy")]
@@ -425,7 +425,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
     ("train_policy.py --algorithm rft --preferences x.jsonl", "--preferences", "--algorithm rft"),
     ("evaluate.py --policies base --best-of 4", "--best-of", "--critic"),
     ("evaluate.py --policies base --critic judge", "--critic judge", "--best-of"),
-    ("evaluate.py --policies http://127.0.0.1:9/v1 --critic judge --best-of 4", "--best-of", "server"),
+    ("evaluate.py --policies http://127.0.0.1:9/v1 --critic judge --best-of 4", "--best-of",
+     "server"),
 ])
 def test_flags_that_would_have_no_effect_are_refused(command, flag, other, tmp_path):
     line = refused(*command.split(), "--run", tmp_path / "run")

@@ -2,8 +2,8 @@
 
 One turn: the agent sees the dialogue so far, never the hidden information, and says something. A
 message with `I WANT TO ANSWER:` ends the episode; what follows the marker is the answer. The tenth
-message ends it too, and its whole text is then the answer. Otherwise the human replies, who alone
-sees the hidden information.
+message ends it too, and its whole text is then the answer. Otherwise the human, who alone sees the
+hidden information, replies.
 
 As in the published data, only the part of a message after `OUTPUT:` (up to a second `OUTPUT:`) is
 said; before it the agent thinks. Thoughts in a model's own marks (colbench/lm/texts.py) are not
@@ -180,7 +180,7 @@ def add_agent_turn(agent, episode: dict, prompt: list[dict], messages: list, ans
 
 
 def add_human_replies(human, episodes: list[dict], seed: int) -> None:
-    """Add the human's reply to each episode, with whatever else it tells about it."""
+    """Add the human's reply to each episode, with the metadata that the human keeps about it."""
     tasks = [episode["task"] for episode in episodes]
     histories = [prompt_messages("", episode["dialogue_history"])[1:] for episode in episodes]
     seeds = [seed_of(seed, episode["id"], episode["sample"], len(episode["dialogue_history"]),
@@ -213,11 +213,11 @@ def servers_of(agent, human) -> list[ServerChat]:
 
 
 def without_server_failures(batches, servers, window: int = 50):
-    """Pass on what `play` yields; a failed dialogue only if the failure is its own.
+    """Pass on what `play` yields, except for failures that a server caused.
 
-    After a failure each server is asked for a word. If one does not answer, its UserError ends the
-    run before the failed dialogues are passed on, so that the same command retries them. So does
-    the failure of `window` dialogues in a row.
+    After a failure each server is pinged. If one does not answer, its UserError ends the run before
+    the failed dialogues are passed on, so that the same command retries them. So does the failure
+    of `window` dialogues in a row.
     """
     held = []
     for episodes in batches:

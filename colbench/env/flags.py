@@ -108,7 +108,7 @@ def add_playing_flags(parser: argparse.ArgumentParser, stage: str) -> None:
                        help="agent messages per episode, the answer included")
     group.add_argument("--human", help="scripted, self (the base model's weights), a server's "
                        "address http://HOST:PORT/v1#NAME (without #NAME the first model it lists), "
-                       "or what else the environment knows")
+                       "or another name that the environment defines")
     group.add_argument("--parallel", type=int, help="dialogues played side by side")
 
 

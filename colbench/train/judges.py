@@ -30,7 +30,7 @@ def judge_scores(base_logps, tokenizer, prompts: list[list[dict]], candidates: l
                  tokens_per_step: int) -> list[list[float]]:
     """Mean log-odds that the base model calls a candidate the better of two; per state a list.
 
-    Each meets the next OPPONENTS candidates in both orders, because models prefer one place.
+    Each meets the next OPPONENTS candidates in both orders, because models have a position bias.
     prompts: dialogues so far, with c if the judge may see it. base_logps: message_logps of the base
     model.
     """

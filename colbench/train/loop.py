@@ -1,4 +1,4 @@
-"""What both trainers share and no formula: their flags, the log of the steps, the checkpoint."""
+"""Code that both trainers share, without formulas: flags, the log of the steps, checkpoints."""
 import json
 import math
 import os
@@ -43,7 +43,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
     group.add_argument("--tokens-per-step", type=int,
                        help="tokens in one forward pass: lower it when memory runs out; the batch "
                        "stays the same")
-    group.add_argument("--max-tokens", type=int, help="leave out examples with more tokens")
+    group.add_argument("--max-tokens", type=int,
+                       help="leave out longer trajectories, or pairs with their prompt")
     group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     group.add_argument("--seed", type=int, default=0,
                        help="for pairs, their order, and LoRA's initial weights")
@@ -176,7 +177,7 @@ def save_checkpoint(accelerator, output: Path, model, optimizer, schedule, step:
              "schedule": schedule.state_dict()}
 
     def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # torch's own writer words a full disk its own way
+        with open(temporary, "wb") as file:  # torch's own writer reports a full disk differently
             torch.save(state, file)
         if path.exists():
             os.replace(path, previous(path))

@@ -36,7 +36,7 @@ def start_accelerator(output: Path) -> Accelerator:
 
 
 def is_trained(output: Path, args, next_script: str) -> bool:
-    """Whether `output` is already trained. If so, say it, and name the flags that differ now."""
+    """Whether `output` is already trained. If so, say so, and name the flags that differ now."""
     if output.exists():
         keep_settings(output, args, begun=True)
         print(f"{output}: already trained; use a new --run to train again; "
