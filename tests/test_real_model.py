@@ -277,7 +277,7 @@ def test_collect_with_a_real_model_and_a_real_human(server, folder, tokenizer, t
     for turn in with_candidates:
         assert len(turn["candidates"]) == 4 and turn["candidates"][0] == turn["output"]
         assert len(set(turn["candidates"])) > 1
-    assert "nothing to do" in run(*command).stdout
+    assert "already complete" in run(*command).stdout
 
 
 def test_agent_and_human_on_one_server(server, folder, tmp_path):
