@@ -140,9 +140,9 @@ def readers():
         "trajectories": (half, TRAJECTORY, [
             ranking, half_done, report, partial(baseline, "rft"),
             partial(baseline, "multi-turn-dpo"),
-            lambda folder: train_critic.load_pairs(args(folder), Backend, tokenizer)]),
+            lambda folder: train_critic.load_examples(args(folder), Backend, tokenizer)]),
         "preferences": (STATE, STATE, [
-            lambda folder: train_policy.load_states(args(folder), Backend, tokenizer),
+            lambda folder: train_policy.load_states(args(folder), tokenizer),
             lambda folder: repair_jsonl(folder / "preferences.jsonl", state_line), report]),
         "episodes": (EPISODE | {"policy": "other"}, EPISODE, [
             evaluated, lambda folder: compare_runs([str(folder)]), report]),
@@ -150,7 +150,7 @@ def readers():
         "advantages": (CREDIT, CREDIT, [report]),
         "episodes_clock": (TOOK, TOOK, [report]),
         "critic_log": (LOG, LOG, [
-            lambda folder: StepLog(Accelerator(cpu=True), folder / "critic_log.jsonl", 5), report])}
+            lambda folder: StepLog(Accelerator(cpu=True), folder / "critic", None, 5), report])}
 
 
 FILES = ("tasks", "tasks of pages", "trajectories", "preferences",
