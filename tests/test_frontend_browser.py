@@ -411,19 +411,21 @@ def test_burdens(tmp_path, scripts_run, slow):
 def test_only_the_page_that_hangs_or_fills_the_memory_is_refused(tmp_path, request, name):
     if "script" in name:
         request.getfixturevalue("scripts_run")
-    deadline = 40 if name == "a memory bomb" else 5
+    deadline = 40 if name == "a memory bomb" else 10  # seconds; a slow machine's browser takes 5
     with Renderer(tmp_path, tabs=2, deadline=deadline, memory=1.5e9) as renderer:
         tree = renderer.worker.tree()
         pictures = renderer.render([good(1), HANGS[name], good(2), good(3)])
         assert pictures[1].path is None
-        reasons = "longer than 5 seconds", "1.5 GB of memory", "crashed", "Timeout", "closed"
-        assert any(words in pictures[1].refusal for words in reasons)
+        by_parent = "longer than 10 seconds", "1.5 GB of memory", "the browser crashed"
+        by_browser = "crashed", "Timeout", "closed"  # of the tab alone
+        assert any(words in pictures[1].refusal for words in by_parent + by_browser)
         neighbours = [pictures[0], *pictures[2:]]
         assert [picture.refusal for picture in neighbours] == [None] * 3
         assert len({picture.path.read_bytes() for picture in neighbours}) == 1
         renderer.render([good(4)])
-        assert renderer.restarts >= 1 and no_process_of(tree)
-        tree = renderer.worker.tree()
+        if any(words in pictures[1].refusal for words in by_parent):
+            assert renderer.restarts >= 1 and no_process_of(tree)
+            tree = renderer.worker.tree()
     assert no_process_of(tree)
 
 
