@@ -1,7 +1,7 @@
 """Draw the README's picture: all candidates of one state, best to worst by the critic.
 
     python tests/picture.py RUN ID SAMPLE TURN > FILE.svg
-    python tests/picture.py runs/tiny mini-train-0-53 0 3 > tests/pictures/state.svg
+    python tests/picture.py runs/tiny mini-train-0-138 2 3 > tests/pictures/state.svg
 
 Green marks useful questions: about a detail of the hidden code that the human has not told yet. The
 embedded model's remarks without content are shortened to "…". The axis leaves out far outliers,
