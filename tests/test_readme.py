@@ -15,6 +15,7 @@ from conftest import help_page
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = (ROOT / "colbench" / "README.md").read_text(encoding="utf-8")
 ALL = [ROOT / folder / "README.md"
        for folder in (".", "colbench", "colbench/env/frontend", "tests")]
 NAMES = {  # words in a row of the README's table -> the function at that line
@@ -115,7 +116,7 @@ def test_recipes_do_what_they_say():
 
 
 def test_the_environment_skeleton_runs(tmp_path):
-    [skeleton] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [skeleton] = re.findall(r"```python\n(.*?)```", PACKAGE, re.DOTALL)
     assert len(skeleton.splitlines()) <= 25
     (tmp_path / "guess.py").write_text(skeleton)
     flags = ["--env", tmp_path / "guess.py", "--run", tmp_path / "run",
@@ -171,7 +172,8 @@ def test_commands_that_need_no_gpu_and_no_hub_run_as_printed(in_a_clone):
     copy, run = in_a_clone
     runnable = commands_without_gpu_or_hub()
     runnable += re.findall(r"`(python evaluate.py --critic [^`]+)`", README)
-    assert runnable[0].startswith("python collect.py && ") and len(runnable) >= 7
+    runnable += [line for line in commands(PACKAGE) if "runs/2" in line]  # a second round
+    assert runnable[0].startswith("python collect.py && ") and len(runnable) >= 10
     smaller = {"collect.py": " --n-tasks 40 --k 3",
                "train_critic.py": " --epochs 1 --max-trajectories 120",
                "train_policy.py": " --epochs 1", "evaluate.py": " --n-tasks 20"}
