@@ -68,7 +68,7 @@ def main():
     done = {episode_key(line) for line in lines}
     todo = [item for item, key in zip(todo, order) if key not in done]
     if not todo:
-        keep_settings(args.trajectories, args, begun=True)
+        keep_settings(args.trajectories, args, started=True)
         rewrite_jsonl(args.trajectories, lines, order, episode_key)
         print(f"{args.trajectories}: already complete ({len(lines)} trajectories); "
               f"{next_step('train_critic.py', args)}")
@@ -82,7 +82,7 @@ def main():
         print_plan(args, agent, env)
         make = add_candidates if args.add_candidates_to else converse
         batches = make(args, agent, env, todo)  # a --human that cannot play ends the run here
-        keep_settings(args.trajectories, args, begun=bool(lines))
+        keep_settings(args.trajectories, args, started=bool(lines))
         bar = tqdm(total=len(order), initial=len(lines), unit="episode", smoothing=0)
         for episodes in score_and_append(env, batches, file, bar):
             lines += episodes

@@ -80,13 +80,13 @@ def main():
         agents = Agents(args.policies, args.model, args.load_in_4bit, args.batch_tokens)
         with env:
             print_plan(args, env, len(tasks), agents.model)
-            keep_provenance(args, begun=bool(lines))
+            keep_provenance(args, started=bool(lines))
             for policy, name in args.names.items():
                 todo = [(task, sample) for sample in range(args.k) for task in tasks
                         if (name, task["id"], sample) in missing]
                 lines += evaluate(args, env, agents, policy, name, todo)
     else:
-        keep_provenance(args, begun=bool(lines))
+        keep_provenance(args, started=bool(lines))
         print(f"{args.episodes}: already complete")
     rewrite_jsonl(args.episodes, lines, order, episode_key)
     base_model = agents.model if agents else None
@@ -121,9 +121,9 @@ def episode_key(line: dict) -> tuple:
     return line["policy"], line["id"], line["sample"]
 
 
-def keep_provenance(args, begun: bool) -> None:
+def keep_provenance(args, started: bool) -> None:
     """One file holds one set of flags and weights; --best-of names its own rows."""
-    keep_settings(args.episodes, args, begun, free=("critic", "best_of", "tokens_per_step"),
+    keep_settings(args.episodes, args, started, free=("critic", "best_of", "tokens_per_step"),
                   refuse=True)
     trained = list(args.policies)
     if args.best_of > 1:

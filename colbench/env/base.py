@@ -6,7 +6,7 @@ Backend Programming and Frontend Design are two subclasses; a file of your own h
 A subclass gives tasks, a human and a score. Everything else has a default. In the order of a run:
 
     tasks, check_task    the tasks, each with its hidden information c
-    prompt, presets      what the agent is told; defaults of the scripts' flags
+    prompt, presets      the agent's system prompt; defaults of the scripts' flags
     human                who replies to the agent, and alone sees c
     answer               when an episode ends, and with which answer
     score                the reward of an answer, 0 to 1; 1 is success

@@ -56,10 +56,10 @@ def write_json(path: Path, content: dict) -> None:
     write_aside(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> None:
+def keep_settings(output: Path, args, started: bool, free=(), refuse=False) -> None:
     """Keep a stage's flags next to its output, as OUTPUT_args.json.
 
-    If `output` was begun by an earlier call (or by its shards), its flags stay; one line on stderr
+    If `output` has an earlier start (or shards), its flags stay; one line on stderr
     names those that differ now. free: more flags that may differ. refuse: raise UserError instead,
     for results that would otherwise be reported under flags they were not made with. A path is
     named in place of `output`.
@@ -70,7 +70,7 @@ def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> Non
     now = json.loads(json.dumps(now, default=str))
     shards = sorted(output.parent.glob(f"{output.name.removesuffix('.jsonl')}-*of*_args.json"))
     differing = []
-    for kept in ([path] if path.exists() else shards) if begun else ():
+    for kept in ([path] if path.exists() else shards) if started else ():
         earlier = read_json(kept)
         differing += [f"{flag(name)} {earlier[name]}, not {now[name]}"
                       for name in now if name in earlier and earlier[name] != now[name]]
@@ -79,7 +79,7 @@ def keep_settings(output: Path, args, begun: bool, free=(), refuse=False) -> Non
         what = output if refuse is True else refuse
         raise UserError(f"{what}: made with {differing}; choose another --run, or delete it to "
                         "start over")
-    if not begun or not path.exists():
+    if not started or not path.exists():
         write_json(path, now)
     if differing:
         print(f"warning: {output}: made with {differing}; it stays as it is; choose another --run, "

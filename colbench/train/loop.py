@@ -190,7 +190,7 @@ def load_checkpoint(output: Path, model, optimizer, schedule, args, data) -> int
     A damaged checkpoint is reported and the one before is used. UserError where it was made with
     other flags or data."""
     if checkpoint_path(output).exists():
-        keep_settings(output, args, begun=True,
+        keep_settings(output, args, started=True,
                       refuse=checkpoint_path(output))
     for path in (checkpoint_path(output), previous(checkpoint_path(output))):
         state = read_checkpoint(path)

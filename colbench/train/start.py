@@ -38,7 +38,7 @@ def start_accelerator(output: Path) -> Accelerator:
 def is_trained(output: Path, args, next_script: str) -> bool:
     """Whether `output` is already trained. If so, say so, and name the flags that differ now."""
     if output.exists():
-        keep_settings(output, args, begun=True)
+        keep_settings(output, args, started=True)
         print(f"{output}: already trained; use a new --run to train again; "
               f"{next_step(next_script, args)}")
     return output.exists()
@@ -56,7 +56,7 @@ def critic_to_do(args, environment) -> str | None:
     if has_rows and (not needs_training or ranked_with.exists()):
         refuse_other(ranked_with, args, ["critic"], f"{preferences} was ranked")
     if is_ready and preferences.exists() and not states_to_rank(args, environment):
-        keep_settings(args.critic_folder if needs_training else preferences, args, begun=True)
+        keep_settings(args.critic_folder if needs_training else preferences, args, started=True)
         keep_weights(preferences, [args.critic_folder] if needs_training else [])
         print(f"{preferences}: already complete; {next_step('train_policy.py', args)}")
         return None
@@ -88,7 +88,7 @@ def begin_ranking(args, accelerator, environment) -> list[dict]:
     """The states to rank. Keeps flags and weights that preferences.jsonl is made with."""
     states = states_to_rank(args, environment)
     if accelerator.is_main_process:
-        keep_settings(args.preferences, args, begun=args.preferences.exists())
+        keep_settings(args.preferences, args, started=args.preferences.exists())
         keep_weights(args.preferences, [args.critic_folder] if args.critic in TRAINED else [])
     return states
 
@@ -111,7 +111,7 @@ def training_plan(accelerator, args, output: Path, model, examples: list, n_step
     examples: each with `pairs` and, unless they are pictures, `tokens`. nats: as in StepLog."""
     if not accelerator.is_main_process:
         return
-    keep_settings(output, args, begun=first_step > 0)
+    keep_settings(output, args, started=first_step > 0)
     rows = {"model": model_row(model, args.model, training=True)}
     if accelerator.num_processes > 1:
         rows["processes"] = accelerator.num_processes

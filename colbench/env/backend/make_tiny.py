@@ -2,7 +2,7 @@
 
     python -m colbench.env.backend.make_tiny           # 20 minutes on 2 idle cores
 
-It stands in for "Llama-3.1-8B-Instruct before RL" at a size that a laptop trains in minutes, and
+It is our "Llama-3.1-8B-Instruct before RL" at a size that a laptop trains in minutes, and
 learns as such a model does: by imitating imperfect demonstrations. The demonstrator talks with the
 scripted human. It knows exactly what three of each detail's six hints mean; for the others it knows
 only a group of five details. Now and then it asks at random. It answers too early in one turn of
